@@ -1,0 +1,105 @@
+"""The arithmetic of the benchmark: from samples to ratios, from ratios to one line. No torch needed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+YARDSTICK = "clone"
+OURS = "se_ext"
+FLOOR_PASSES = {"inference": 2, "train": 5}
+
+Row = dict[str, Any]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the two nearest ranks."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": statistics.median(values),
+        "p10": percentile(values, 10),
+        "p90": percentile(values, 90),
+    }
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
+    """The spread of the ratios round by round, so that a slow moment of the machine hits both sides."""
+    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def variant_metrics(samples_us: Sequence[float], clone_us: Sequence[float], floor_bytes: int) -> dict[str, Any]:
+    time_us = spread(samples_us)
+    return {
+        "time_us": time_us,
+        "clone_equivalents": paired_ratio(samples_us, clone_us)["median"],
+        "gb_per_s": floor_bytes / time_us["median"] / 1e3,
+    }
+
+
+def speedups(samples_us: dict[str, Sequence[float]]) -> dict[str, Any]:
+    """How many times faster se_ext is than each baseline, the best eager and compiled form, and all.
+
+    The better of several baselines is the one over which the median of se_ext's speedup is smallest.
+    """
+    baselines = [name for name in samples_us if name not in (YARDSTICK, OURS)]
+    over: dict[str, Any] = {name: paired_ratio(samples_us[name], samples_us[OURS]) for name in baselines}
+
+    def hardest(names: Iterable[str]) -> dict[str, Any] | None:
+        name = min(names, key=lambda n: over[n]["median"], default=None)
+        return None if name is None else {**over[name], "baseline": name}
+
+    return {
+        **over,
+        "best_eager": hardest(name for name in baselines if name.startswith("eager")),
+        "best_compile": hardest(name for name in baselines if name.startswith("compile")),
+        "better": hardest(baselines),
+    }
+
+
+def add_metrics(row: Row) -> Row:
+    """Fills in what follows from the samples of a row: per variant, and the speedups."""
+    samples = {name: variant["samples_us"] for name, variant in row["variants"].items()}
+    for name, variant in row["variants"].items():
+        passes = 2 if name == YARDSTICK else FLOOR_PASSES[row["mode"]]
+        variant.update(variant_metrics(samples[name], samples[YARDSTICK], passes * row["bytes_x"]))
+    row["speedup"] = speedups(samples)
+    return row
+
+
+def over(row: Row, baseline: str) -> float | None:
+    """The median speedup over `baseline`, or None where it was not timed."""
+    found = row["speedup"].get(baseline)
+    return None if found is None else found["median"]
+
+
+def summarize(rows: Sequence[Row], baseline: str) -> dict[str, float] | None:
+    """Minimum, median, geometric mean and maximum of the rows' speedups over `baseline`; None without any."""
+    values = [value for row in rows if (value := over(row, baseline)) is not None]
+    if not values:
+        return None
+    return {
+        "min": min(values),
+        "median": statistics.median(values),
+        "geomean": statistics.geometric_mean(values),
+        "max": max(values),
+    }
+
+
+def row_key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("name", "device", "dtype", "batch", "layout", "mode"))
+
+
+def groups(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of `keys`, in order of first appearance."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found

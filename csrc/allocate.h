@@ -1,0 +1,37 @@
+// What the ops return and in which layout: shared by the adapters and the fake kernels, so that the strides of a
+// traced graph are those of the real run.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+namespace se_ext {
+
+// The layouts that the kernels read as they are: contiguous, channels_last, channels_last_3d.
+inline bool has_native_layout(const at::Tensor& t) {
+  return t.is_contiguous() || (t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
+         (t.dim() == 5 && t.is_contiguous(at::MemoryFormat::ChannelsLast3d));
+}
+
+// The map itself, or one copy in the memory format it is nearest to.
+inline at::Tensor to_native_layout(const at::Tensor& t) {
+  return has_native_layout(t) ? t : t.contiguous(t.suggest_memory_format());
+}
+
+// An uninitialised tensor of the map's shape and dtype, in its memory format.
+inline at::Tensor empty_map_like(const at::Tensor& t) {
+  if (has_native_layout(t)) return at::empty_like(t);
+  return at::empty_symint(t.sym_sizes(), t.options(), t.suggest_memory_format());
+}
+
+// The type that a map of this type is summed in, and that its excitation runs in.
+inline at::ScalarType accumulation_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline at::Tensor empty_matrix(c10::SymInt rows, c10::SymInt columns, const at::Tensor& like, at::ScalarType type) {
+  return at::empty_symint({std::move(rows), std::move(columns)}, like.options().dtype(type));
+}
+
+}  // namespace se_ext

@@ -1,0 +1,275 @@
+// Autograd for the public ops, in C++. Saved for backward: the inputs, the small z, hidden and scale, and of full size
+// only what the post-activation's slope needs (see RescaleBackward in params.h).
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "allocate.h"
+#include "composite.h"
+#include "names.h"
+#include "ops.h"
+
+namespace se_ext {
+namespace {
+
+using at::Tensor;
+using checks::OptionalTensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+bool requires_grad(const Tensor& t) { return t.requires_grad(); }
+bool requires_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
+
+bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
+bool has_tangent(const OptionalTensor& t) { return t.has_value() && has_tangent(*t); }
+
+template <class... T>
+bool is_recorded(const T&... tensors) {
+  return c10::GradMode::is_enabled() && (requires_grad(tensors) || ...);
+}
+
+bool has_kernels(const Tensor& input) {
+  switch (input.device().type()) {
+    case c10::DeviceType::CPU:
+    case c10::DeviceType::Meta:
+      return true;
+    case c10::DeviceType::CUDA:
+      return ops::squeeze().hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+    default:
+      return false;
+  }
+}
+
+// Forward-mode AD, and devices without kernels, go through the plain formula.
+template <class... T>
+bool needs_formula(const Tensor& input, const T&... others) {
+  return has_tangent(input) || (has_tangent(others) || ...) || !has_kernels(input);
+}
+
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
+
+// Which of the forward's tensor arguments want a gradient; absent ones don't, and autograd doesn't count them.
+template <std::size_t n>
+std::array<bool, n> wanted(AutogradContext* ctx, const std::array<bool, n>& present) {
+  std::array<bool, n> mask{};
+  std::size_t edge = 0;
+  for (std::size_t i = 0; i < n; ++i) mask[i] = present[i] && ctx->needs_input_grad(edge++);
+  return mask;
+}
+
+// What backward of `post` needs besides x and scale.
+Tensor saved_for(Activation post, const Tensor& output, const OptionalTensor& residual) {
+  if (!residual.has_value() || post == Activation::Identity) return Tensor();
+  return slope_from_output(post) ? output : *residual;
+}
+
+struct Squeeze : torch::autograd::Function<Squeeze> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->saved_data["sizes"] = input.sym_sizes();
+    return ops::squeeze().call(input);
+  }
+
+  // grad / P, spread over the points as an expanded view: nothing of the map's size is written.
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto sizes = ctx->saved_data["sizes"].toSymIntVector();
+    c10::SymInt points = 1;
+    Tensor g = grads[0];
+    for (std::size_t d = 2; d < sizes.size(); ++d) {
+      points *= sizes[d];
+      g = g.unsqueeze(-1);
+    }
+    return {(g / at::Scalar(points)).expand_symint(sizes)};
+  }
+};
+
+struct Excite : torch::autograd::Function<Excite> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& z, const Tensor& w1, const OptionalTensor& b1,
+                        const Tensor& w2, const OptionalTensor& b2, std::string_view activation,
+                        std::string_view gate) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, hidden] = ops::_excite_forward().call(z, w1, b1, w2, b2, activation, gate);
+    ctx->save_for_backward({z, w1, or_undefined(b1), w2, or_undefined(b2), hidden, output});
+    ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["gate"] = std::string(gate);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto s = ctx->get_saved_variables();
+    const auto mask = wanted<5>(ctx, {true, true, s[2].defined(), true, s[4].defined()});
+    auto [gz, gw1, gb1, gw2, gb2] = ops::_excite_backward().call(
+        grads[0], s[0], s[1], optional(s[2]), s[3], optional(s[4]), s[5], s[6],
+        ctx->saved_data["activation"].toStringView(), ctx->saved_data["gate"].toStringView(), mask);
+    return {gz, gw1, gb1, gw2, gb2, Tensor(), Tensor()};
+  }
+};
+
+struct Rescale : torch::autograd::Function<Rescale> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& scale, const OptionalTensor& residual,
+                        std::string_view post_activation) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    Tensor output = ops::rescale().call(input, scale, residual, post_activation);
+    const Activation post = parse_activation("rescale", "post_activation", post_activation);
+    ctx->save_for_backward({input, scale, saved_for(post, output, residual)});
+    ctx->saved_data["residual"] = residual.has_value();
+    ctx->saved_data["post_activation"] = std::string(post_activation);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto s = ctx->get_saved_variables();
+    const auto post = ctx->saved_data["post_activation"].toStringView();
+    auto mask = wanted<3>(ctx, {true, true, ctx->saved_data["residual"].toBool()});
+    const bool residual_gets_grad = mask[2] && post == "identity";
+    if (residual_gets_grad) mask[2] = false;
+    auto [gx, gs, gr] = ops::_rescale_backward().call(grads[0], s[0], s[1], optional(s[2]), post, mask);
+    return {gx, gs, residual_gets_grad ? grads[0] : gr, Tensor()};
+  }
+};
+
+struct SqueezeExcite : torch::autograd::Function<SqueezeExcite> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
+                        const Tensor& w2, const OptionalTensor& b2, std::string_view activation,
+                        std::string_view gate, const OptionalTensor& residual, std::string_view post_activation) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, z, hidden, scale] = ops::_squeeze_excite_forward().call(input, w1, b1, w2, b2, activation, gate,
+                                                                          residual, post_activation);
+    const Activation post = parse_activation("squeeze_excite", "post_activation", post_activation);
+    ctx->save_for_backward({input, w1, or_undefined(b1), w2, or_undefined(b2), z, hidden, scale,
+                            saved_for(post, output, residual)});
+    ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["gate"] = std::string(gate);
+    ctx->saved_data["residual"] = residual.has_value();
+    ctx->saved_data["post_activation"] = std::string(post_activation);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto s = ctx->get_saved_variables();
+    const auto post = ctx->saved_data["post_activation"].toStringView();
+    auto mask = wanted<6>(
+        ctx, {true, true, s[2].defined(), true, s[4].defined(), ctx->saved_data["residual"].toBool()});
+    const bool residual_gets_grad = mask[5] && post == "identity";
+    if (residual_gets_grad) mask[5] = false;
+    auto [gx, gw1, gb1, gw2, gb2, gr] = ops::_squeeze_excite_backward().call(
+        grads[0], s[0], s[1], optional(s[2]), s[3], optional(s[4]), s[5], s[6], s[7], optional(s[8]),
+        ctx->saved_data["activation"].toStringView(), ctx->saved_data["gate"].toStringView(), post, mask);
+    return {gx, gw1, gb1, gw2, gb2, Tensor(), Tensor(), residual_gets_grad ? grads[0] : gr, Tensor()};
+  }
+};
+
+// ---- the kernels at the Autograd key: formula, recorded, or straight through ----
+
+Tensor squeeze(const Tensor& input) {
+  if (needs_formula(input)) return composite::squeeze(input);
+  if (is_recorded(input)) return Squeeze::apply(input);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::squeeze().call(input);
+}
+
+Tensor excite(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
+              std::string_view activation, std::string_view gate) {
+  if (needs_formula(z, w1, b1, w2, b2)) return composite::excite(z, w1, b1, w2, b2, activation, gate);
+  if (is_recorded(z, w1, b1, w2, b2)) return Excite::apply(z, w1, b1, w2, b2, activation, gate);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::excite().call(z, w1, b1, w2, b2, activation, gate);
+}
+
+Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& residual,
+               std::string_view post_activation) {
+  if (needs_formula(input, scale, residual)) return composite::rescale(input, scale, residual, post_activation);
+  if (is_recorded(input, scale, residual)) return Rescale::apply(input, scale, residual, post_activation);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::rescale().call(input, scale, residual, post_activation);
+}
+
+Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                      const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                      const OptionalTensor& residual, std::string_view post_activation) {
+  if (needs_formula(input, w1, b1, w2, b2, residual)) {
+    return composite::squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
+  }
+  if (is_recorded(input, w1, b1, w2, b2, residual)) {
+    return SqueezeExcite::apply(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::squeeze_excite().call(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
+}
+
+Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual,
+                 std::string_view post_activation) {
+  checks::in_place("rescale_", input, {&scale}, {&residual});
+  at::AutoDispatchBelowAutograd below;
+  return ops::rescale_().call(input, scale, residual, post_activation);
+}
+
+Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                        const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                        const OptionalTensor& residual, std::string_view post_activation) {
+  checks::in_place("squeeze_excite_", input, {&w1, &w2}, {&b1, &b2, &residual});
+  at::AutoDispatchBelowAutograd below;
+  return ops::squeeze_excite_().call(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
+}
+
+// ---- backward: recorded means double backward, which takes the plain formula ----
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(
+    const Tensor& grad_output, const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+    const OptionalTensor& b2, const Tensor& hidden, const Tensor& scale, std::string_view activation,
+    std::string_view gate, std::array<bool, 5> mask) {
+  if (is_recorded(grad_output, z, w1, b1, w2, b2)) {
+    return composite::excite_backward(grad_output, z, w1, b1, w2, b2, activation, gate, mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::_excite_backward().call(grad_output, z, w1, b1, w2, b2, hidden, scale, activation, gate, mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input,
+                                                    const Tensor& scale, const OptionalTensor& saved,
+                                                    std::string_view post_activation, std::array<bool, 3> mask) {
+  if (is_recorded(grad_output, input, scale, saved)) {
+    return composite::rescale_backward(grad_output, input, scale, saved, post_activation, mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::_rescale_backward().call(grad_output, input, scale, saved, post_activation, mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+    const OptionalTensor& b2, const Tensor& z, const Tensor& hidden, const Tensor& scale, const OptionalTensor& saved,
+    std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 6> mask) {
+  if (is_recorded(grad_output, input, w1, b1, w2, b2, saved)) {
+    return composite::squeeze_excite_backward(grad_output, input, w1, b1, w2, b2, saved, activation, gate,
+                                              post_activation, mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::_squeeze_excite_backward().call(grad_output, input, w1, b1, w2, b2, z, hidden, scale, saved, activation,
+                                              gate, post_activation, mask);
+}
+
+TORCH_LIBRARY_IMPL(se_ext, Autograd, m) {
+  m.impl("squeeze", squeeze);
+  m.impl("excite", excite);
+  m.impl("rescale", rescale);
+  m.impl("squeeze_excite", squeeze_excite);
+  m.impl("rescale_", rescale_);
+  m.impl("squeeze_excite_", squeeze_excite_);
+  m.impl("_excite_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_excite_backward", excite_backward);
+  m.impl("_rescale_backward", rescale_backward);
+  m.impl("_squeeze_excite_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_squeeze_excite_backward", squeeze_excite_backward);
+}
+
+// Counts the writes, so that autograd notices when a saved tensor was overwritten.
+TORCH_LIBRARY_IMPL(se_ext, ADInplaceOrView, m) {
+  m.impl("rescale_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+  m.impl("squeeze_excite_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+}
+
+}  // namespace
+}  // namespace se_ext

@@ -1,0 +1,15 @@
+// se_ext._C: what the library is and runs on. The ops themselves are torch ops, in libse_ext.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "info.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build and runtime information of se_ext.";
+  m.def("cpu_capability", &se_ext::cpu_capability, "The CPU instruction set in use: baseline, avx2 or avx512.");
+  m.def("cpu_capabilities", &se_ext::cpu_capabilities, "The instruction sets built in that this CPU can run.");
+  m.def("compiler", &se_ext::compiler, "The compiler that built the library.");
+  m.def("torch_version", &se_ext::torch_version, "The torch version the library was built against.");
+  m.def("num_threads", &se_ext::num_threads, "The threads that the CPU kernels may use.");
+  m.def("openmp_runtime", &se_ext::openmp_runtime, "The path of the OpenMP runtime that serves the CPU kernels.");
+}

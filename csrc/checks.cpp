@@ -1,0 +1,190 @@
+#include "checks.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
+
+#include <sstream>
+#include <vector>
+
+#include "names.h"
+
+namespace se_ext::checks {
+namespace {
+
+using at::Tensor;
+
+const char* name_of(c10::ScalarType type) {
+  switch (type) {
+    case c10::ScalarType::Float:
+      return "float32";
+    case c10::ScalarType::Double:
+      return "float64";
+    case c10::ScalarType::BFloat16:
+      return "bfloat16";
+    case c10::ScalarType::Half:
+      return "float16";
+    case c10::ScalarType::Byte:
+      return "uint8";
+    case c10::ScalarType::Char:
+      return "int8";
+    case c10::ScalarType::Short:
+      return "int16";
+    case c10::ScalarType::Int:
+      return "int32";
+    case c10::ScalarType::Long:
+      return "int64";
+    case c10::ScalarType::Bool:
+      return "bool";
+    case c10::ScalarType::ComplexFloat:
+      return "complex64";
+    case c10::ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return c10::toString(type);
+  }
+}
+
+bool is_half(c10::ScalarType type) { return type == c10::ScalarType::BFloat16 || type == c10::ScalarType::Half; }
+
+void floating(const char* op, const char* name, const Tensor& t) {
+  const auto type = t.scalar_type();
+  TORCH_CHECK_TYPE(type == c10::ScalarType::Float || type == c10::ScalarType::Double || is_half(type), op,
+                   ": expected ", name, " of dtype float32, float64, bfloat16 or float16, got ", name_of(type));
+}
+
+void map(const char* op, const Tensor& input) {
+  TORCH_CHECK(input.layout() == c10::kStrided, op, ": expected input to be a strided tensor, got layout ",
+              input.layout());
+  TORCH_CHECK(input.dim() >= 3 && input.dim() <= 5, op,
+              ": expected input of shape [N, C, *spatial] with 1 to 3 spatial dims, got ", input.sym_sizes());
+  floating(op, "input", input);
+}
+
+void device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
+  TORCH_CHECK(t.device() == input.device(), op, ": expected ", name, " on device ", input.device(), ", got ",
+              t.device());
+}
+
+void dtype(const char* op, const char* name, const Tensor& t, c10::ScalarType expected) {
+  TORCH_CHECK_TYPE(t.scalar_type() == expected, op, ": expected ", name, " of dtype ", name_of(expected), ", got ",
+                   name_of(t.scalar_type()));
+}
+
+// The map's dtype, or float32 beside a half-typed map (mixed precision keeps its master weights).
+void dtype_beside(const char* op, const char* name, const Tensor& t, c10::ScalarType map) {
+  const auto type = t.scalar_type();
+  if (is_half(map)) {
+    TORCH_CHECK_TYPE(type == map || type == c10::ScalarType::Float, op, ": expected ", name, " of dtype ",
+                     name_of(map), " or float32, got ", name_of(type));
+  } else {
+    dtype(op, name, t, map);
+  }
+}
+
+// [rows, columns] or [rows, columns, 1, 1]; rows < 0 leaves them free, and the message calls them M.
+void weight(const char* op, const char* name, const Tensor& w, const c10::SymInt* rows, const c10::SymInt& columns) {
+  const auto fits = [&] {
+    if (w.dim() != 2 && w.dim() != 4) return false;
+    if (w.dim() == 4 && (w.sym_size(2) != 1 || w.sym_size(3) != 1)) return false;
+    return w.sym_size(1) == columns && (rows == nullptr || w.sym_size(0) == *rows);
+  };
+  if (fits()) return;
+  std::ostringstream expected;
+  if (rows) {
+    expected << *rows;
+  } else {
+    expected << "M";
+  }
+  expected << ", " << columns;
+  TORCH_CHECK(false, op, ": expected ", name, " of shape [", expected.str(), "] or [", expected.str(),
+              ", 1, 1], got ", w.sym_sizes());
+}
+
+void shape(const char* op, const char* name, const Tensor& t, c10::SymIntArrayRef expected) {
+  TORCH_CHECK(t.sym_sizes() == expected, op, ": expected ", name, " of shape ", expected, ", got ", t.sym_sizes());
+}
+
+void bias(const char* op, const char* name, const OptionalTensor& b, const Tensor& w, const Tensor& input) {
+  if (!b.has_value()) return;
+  device(op, name, *b, input);
+  dtype(op, name, *b, w.scalar_type());
+  shape(op, name, *b, {w.sym_size(0)});
+}
+
+void excitation(const char* op, const Tensor& input, const Excitation& e) {
+  device(op, "w1", e.w1, input);
+  device(op, "w2", e.w2, input);
+  dtype_beside(op, "w1", e.w1, input.scalar_type());
+  dtype(op, "w2", e.w2, e.w1.scalar_type());
+  const c10::SymInt channels = input.sym_size(1);
+  weight(op, "w1", e.w1, nullptr, channels);
+  weight(op, "w2", e.w2, &channels, e.w1.sym_size(0));
+  bias(op, "b1", e.b1, e.w1, input);
+  bias(op, "b2", e.b2, e.w2, input);
+  parse_activation(op, "activation", e.activation);
+  parse_gate(op, e.gate);
+}
+
+void tail(const char* op, const Tensor& input, const OptionalTensor& residual, std::string_view post_activation) {
+  if (residual.has_value()) {
+    device(op, "residual", *residual, input);
+    dtype(op, "residual", *residual, input.scalar_type());
+    shape(op, "residual", *residual, input.sym_sizes());
+  }
+  parse_activation(op, "post_activation", post_activation);
+}
+
+}  // namespace
+
+void squeeze(const Tensor& input) { map("squeeze", input); }
+
+void excite(const Tensor& z, const Excitation& e) {
+  TORCH_CHECK(z.dim() == 2, "excite: expected z of shape [N, C], got ", z.sym_sizes());
+  floating("excite", "z", z);
+  excitation("excite", z, e);
+}
+
+void rescale(const char* op, const Tensor& input, const Tensor& scale, const OptionalTensor& residual,
+             std::string_view post_activation) {
+  map(op, input);
+  device(op, "scale", scale, input);
+  dtype_beside(op, "scale", scale, input.scalar_type());
+  shape(op, "scale", scale, {input.sym_size(0), input.sym_size(1)});
+  tail(op, input, residual, post_activation);
+}
+
+void squeeze_excite(const char* op, const Tensor& input, const Excitation& e, const OptionalTensor& residual,
+                    std::string_view post_activation) {
+  map(op, input);
+  excitation(op, input, e);
+  tail(op, input, residual, post_activation);
+}
+
+void in_place(const char* op, const Tensor& input, std::initializer_list<const Tensor*> others,
+              std::initializer_list<const OptionalTensor*> optional_others) {
+  if (!c10::GradMode::is_enabled()) return;
+  bool requires_grad = input.requires_grad();
+  for (const Tensor* t : others) requires_grad |= t->requires_grad();
+  for (const OptionalTensor* t : optional_others) requires_grad |= t->has_value() && (*t)->requires_grad();
+  TORCH_CHECK(!requires_grad, op,
+              ": expected no argument that requires grad while grad mode is on (the op writes into input), got one; "
+              "use the op without the underscore, or torch.no_grad()");
+}
+
+void no_overlap(const char* op, const Tensor& input, const OptionalTensor& residual) {
+  TORCH_CHECK(at::has_internal_overlap(input) != at::MemOverlap::Yes, op,
+              ": expected input whose elements do not share memory (the op writes into it), got shape ",
+              input.sizes(), " with strides ", input.strides());
+  if (residual.has_value()) {
+    TORCH_CHECK(at::get_overlap_status(input, *residual) != at::MemOverlapStatus::Partial, op,
+                ": expected residual to be apart from input or the same tensor (the op writes into input), got one "
+                "that overlaps it in part");
+  }
+}
+
+void same_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+  shape(op, name, tensor, like.sym_sizes());
+}
+
+}  // namespace se_ext::checks

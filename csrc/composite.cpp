@@ -1,0 +1,236 @@
+#include "composite.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "allocate.h"
+#include "names.h"
+
+namespace se_ext::composite {
+namespace {
+
+constexpr double kLeakySlope = 0.01;
+
+Tensor activate(Activation a, const Tensor& v) {
+  switch (a) {
+    case Activation::Identity:
+      return v;
+    case Activation::Relu:
+      return at::relu(v);
+    case Activation::Relu6:
+      return at::hardtanh(v, 0, 6);
+    case Activation::Silu:
+      return at::silu(v);
+    case Activation::Gelu:
+      return at::gelu(v);
+    case Activation::Hardswish:
+      return at::hardswish(v);
+    case Activation::LeakyRelu:
+      return at::leaky_relu(v, kLeakySlope);
+    case Activation::Tanh:
+      return at::tanh(v);
+    case Activation::Sigmoid:
+      return at::sigmoid(v);
+    case Activation::Hardsigmoid:
+      return at::hardtanh(v + 3, 0, 6) / 6;  // at::hardsigmoid's gradient uses a float32 1/6 even in float64
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+// g ⊙ post'(v), from y = post(v).
+Tensor through_output(Activation post, const Tensor& g, const Tensor& y) {
+  const Tensor zero = at::zeros({}, g.options());
+  switch (post) {
+    case Activation::Identity:
+      return g;
+    case Activation::Relu:
+      return at::where(y <= 0, zero, g);
+    case Activation::Relu6:
+      return at::where((y <= 0).logical_or(y >= 6), zero, g);
+    case Activation::LeakyRelu:
+      return at::where(y > 0, g, g * kLeakySlope);
+    case Activation::Tanh:
+      return g * (1 - y * y);
+    case Activation::Sigmoid:
+      return g * y * (1 - y);
+    default:
+      TORCH_INTERNAL_ASSERT(false);
+  }
+}
+
+// ---- the formula in the accumulation type ----
+
+Tensor spatial_mean(const Tensor& x) {
+  std::vector<int64_t> spatial;
+  for (int64_t d = 2; d < x.dim(); ++d) spatial.push_back(d);
+  return at::mean(x, spatial, /*keepdim=*/false, accumulation_type(x.scalar_type()));
+}
+
+Tensor layer(const Tensor& in, const Tensor& w, const OptionalTensor& b) {
+  const auto type = in.scalar_type();
+  return at::linear(in, w.to(type).flatten(1), b.has_value() ? OptionalTensor(b->to(type)) : OptionalTensor());
+}
+
+Tensor scales(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
+              Activation activation, Activation gate) {
+  return activate(gate, layer(activate(activation, layer(z, w1, b1)), w2, b2));
+}
+
+// scale ⊙ x + residual
+Tensor weigh(const Tensor& x, const Tensor& scale, const OptionalTensor& residual) {
+  const auto type = accumulation_type(x.scalar_type());
+  Tensor s = scale.to(type);
+  for (int64_t d = 2; d < x.dim(); ++d) s = s.unsqueeze(-1);
+  const Tensor v = s * x.to(type);
+  return residual.has_value() ? v + residual->to(type) : v;
+}
+
+// ---- differentiable backward ----
+
+// Stands for `t` in a formula that is differentiated anew: a view of it, so that a derivative with respect to it is not
+// mixed with that of another argument computed from the same tensor.
+Tensor stand_in(const Tensor& t) { return t.requires_grad() ? t.view_as(t) : t.detach().requires_grad_(); }
+OptionalTensor stand_in(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(stand_in(*t)) : t; }
+
+// d(output)/d(inputs) applied to grad; undefined where not wanted or absent.
+std::vector<Tensor> gradients(const Tensor& output, const Tensor& grad, const std::vector<OptionalTensor>& inputs,
+                              const std::vector<bool>& wanted) {
+  torch::autograd::variable_list to;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (wanted[i] && inputs[i].has_value()) to.push_back(*inputs[i]);
+  }
+  std::vector<Tensor> result(inputs.size());
+  if (to.empty()) return result;
+  const auto found = torch::autograd::grad({output}, to, {grad.to(output.scalar_type())}, /*retain_graph=*/true,
+                                           /*create_graph=*/true);
+  size_t next = 0;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (wanted[i] && inputs[i].has_value()) result[i] = found[next++];
+  }
+  return result;
+}
+
+// Backward of y = post(weigh(x, s, residual)), s a function of `inputs` (x first among them), in the terms of
+// `saved`. Returns the gradients of `inputs` and, last, of the residual.
+template <class Scale>
+std::vector<Tensor> tail_backward(const Tensor& grad, const Tensor& x, const Scale& scale, const OptionalTensor& saved,
+                                  Activation post, std::vector<OptionalTensor> inputs, std::vector<bool> wanted) {
+  const bool want_residual = wanted.back();
+  if (saved.has_value() && slope_from_output(post)) {
+    const auto type = accumulation_type(x.scalar_type());
+    const Tensor gv = through_output(post, grad.to(type), saved->to(type));
+    wanted.pop_back();
+    std::vector<Tensor> result = gradients(weigh(x, scale(), std::nullopt), gv, inputs, wanted);
+    result.push_back(want_residual ? gv.to(x.scalar_type()) : Tensor());
+    return result;
+  }
+  const OptionalTensor residual = stand_in(saved);
+  inputs.push_back(residual);
+  return gradients(activate(post, weigh(x, scale(), residual)), grad, inputs, wanted);
+}
+
+}  // namespace
+
+Tensor squeeze(const Tensor& input) {
+  checks::squeeze(input);
+  return spatial_mean(input).to(input.scalar_type());
+}
+
+Tensor excite(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
+              std::string_view activation, std::string_view gate) {
+  checks::excite(z, {w1, b1, w2, b2, activation, gate});
+  return scales(z.to(accumulation_type(z.scalar_type())), w1, b1, w2, b2,
+                parse_activation("excite", "activation", activation), parse_gate("excite", gate))
+      .to(z.scalar_type());
+}
+
+Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& residual,
+               std::string_view post_activation) {
+  checks::rescale("rescale", input, scale, residual, post_activation);
+  return activate(parse_activation("rescale", "post_activation", post_activation), weigh(input, scale, residual))
+      .to(input.scalar_type());
+}
+
+Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                      const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                      const OptionalTensor& residual, std::string_view post_activation) {
+  const char* op = "squeeze_excite";
+  checks::squeeze_excite(op, input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
+  const Tensor s =
+      scales(spatial_mean(input), w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
+  return activate(parse_activation(op, "post_activation", post_activation), weigh(input, s, residual))
+      .to(input.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(
+    const Tensor& grad_output, const Tensor& z_, const Tensor& w1_, const OptionalTensor& b1_, const Tensor& w2_,
+    const OptionalTensor& b2_, std::string_view activation, std::string_view gate, std::array<bool, 5> mask) {
+  const Tensor z = stand_in(z_), w1 = stand_in(w1_), w2 = stand_in(w2_);
+  const OptionalTensor b1 = stand_in(b1_), b2 = stand_in(b2_);
+  const auto g = gradients(excite(z, w1, b1, w2, b2, activation, gate), grad_output, {z, w1, b1, w2, b2},
+                           std::vector<bool>(mask.begin(), mask.end()));
+  return {g[0], g[1], g[2], g[3], g[4]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input,
+                                                    const Tensor& scale, const OptionalTensor& saved,
+                                                    std::string_view post_activation, std::array<bool, 3> mask) {
+  const Tensor x = stand_in(input), s = stand_in(scale);
+  const auto g = tail_backward(
+      grad_output, x, [&] { return s; }, saved, parse_activation("rescale", "post_activation", post_activation),
+      {x, s}, std::vector<bool>(mask.begin(), mask.end()));
+  return {g[0], g[1], g[2]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& w1_, const OptionalTensor& b1_, const Tensor& w2_,
+    const OptionalTensor& b2_, const OptionalTensor& saved, std::string_view activation, std::string_view gate,
+    std::string_view post_activation, std::array<bool, 6> mask) {
+  const char* op = "squeeze_excite";
+  const Tensor x = stand_in(input), w1 = stand_in(w1_), w2 = stand_in(w2_);
+  const OptionalTensor b1 = stand_in(b1_), b2 = stand_in(b2_);
+  const auto scale = [&] {
+    return scales(spatial_mean(x), w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
+  };
+  const auto g = tail_backward(grad_output, x, scale, saved, parse_activation(op, "post_activation", post_activation),
+                               {x, w1, b1, w2, b2}, std::vector<bool>(mask.begin(), mask.end()));
+  return {g[0], g[1], g[2], g[3], g[4], g[5]};
+}
+
+namespace {
+
+Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual,
+                 std::string_view post_activation) {
+  checks::rescale("rescale_", input, scale, residual, post_activation);
+  return input.copy_(rescale(input, scale, residual, post_activation));
+}
+
+Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                        const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                        const OptionalTensor& residual, std::string_view post_activation) {
+  checks::squeeze_excite("squeeze_excite_", input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
+  return input.copy_(squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation));
+}
+
+void register_all(torch::Library& m) {
+  m.impl("squeeze", squeeze);
+  m.impl("excite", excite);
+  m.impl("rescale", rescale);
+  m.impl("squeeze_excite", squeeze_excite);
+  m.impl("rescale_", rescale_);
+  m.impl("squeeze_excite_", squeeze_excite_);
+}
+
+// torch.func: under vmap, grad, jvp, … the formula's own operators are transformed, one by one.
+TORCH_LIBRARY_IMPL(se_ext, FuncTorchDynamicLayerFrontMode, m) { register_all(m); }
+
+// Devices without kernels of ours.
+TORCH_LIBRARY_IMPL(se_ext, CompositeExplicitAutograd, m) { register_all(m); }
+
+}  // namespace
+
+}  // namespace se_ext::composite

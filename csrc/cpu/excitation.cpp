@@ -1,0 +1,106 @@
+#include "excitation.h"
+
+namespace se_ext::cpu {
+namespace {
+
+at::Tensor contiguous(const checks::OptionalTensor& t) { return t.has_value() ? t->contiguous() : at::Tensor(); }
+
+const void* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
+// f(offset, count) for columns [begin, end) of rows [first, first + rows): one call where they are contiguous.
+template <class F>
+void for_columns(std::int64_t first, std::int64_t rows, std::int64_t columns,
+                 std::pair<std::int64_t, std::int64_t> part, const F& f) {
+  const auto [begin, end] = part;
+  if (end - begin == columns) {
+    f(first * columns, rows * columns);
+    return;
+  }
+  for (std::int64_t n = first; n < first + rows; ++n) f(n * columns + begin, end - begin);
+}
+
+}  // namespace
+
+Excitation::Excitation(const at::Tensor& w1, const checks::OptionalTensor& b1, const at::Tensor& w2,
+                       const checks::OptionalTensor& b2, Activation activation, Activation gate)
+    : w1_(w1.contiguous()),
+      b1_(contiguous(b1)),
+      w2_(w2.contiguous()),
+      b2_(contiguous(b2)),
+      channels_(w1.size(1)),
+      hidden_channels_(w1.size(0)),
+      activation_(activation),
+      gate_(gate),
+      dense_(kernels().dense[static_cast<int>(dtype_of(w1))]),
+      vector_(w1.scalar_type() == at::kDouble ? kernels().vector_double : kernels().vector_float) {}
+
+void Excitation::forward(Team team, std::int64_t first, std::int64_t samples, Pointer z, Pointer hidden, Pointer h,
+                         Pointer scale) const {
+  const std::int64_t C = channels_, M = hidden_channels_;
+  const auto rows1 = team.share(M);
+  dense_.matvec(samples, M, C, data(w1_), data(b1_), z.at(first * C), hidden.at(first * M), rows1.first, rows1.second);
+  for_columns(first, samples, M, rows1, [&](std::int64_t i, std::int64_t count) {
+    vector_.activation_forward(activation_, count, hidden.at(i), h.at(i));
+  });
+  team.barrier();
+  const auto rows2 = team.share(C);
+  dense_.matvec(samples, C, M, data(w2_), data(b2_), h.at(first * M), scale.at(first * C), rows2.first, rows2.second);
+  for_columns(first, samples, C, rows2, [&](std::int64_t i, std::int64_t count) {
+    vector_.activation_forward(gate_, count, scale.at(i), scale.at(i));
+  });
+  team.barrier();
+}
+
+void Excitation::activate(std::int64_t samples, Pointer hidden, Pointer h) const {
+  vector_.activation_forward(activation_, samples * hidden_channels_, hidden.base, h.base);
+}
+
+void Excitation::backward(Team team, std::int64_t first, std::int64_t samples, std::int64_t points, Pointer scale,
+                          Pointer hidden, Pointer h, Pointer grad, Pointer grad_hidden, Pointer grad_z) const {
+  const std::int64_t C = channels_, M = hidden_channels_;
+  const auto part_c = team.share(C);
+  const auto part_m = team.share(M);
+  for_columns(first, samples, C, part_c, [&](std::int64_t i, std::int64_t count) {
+    vector_.activation_backward(gate_, count, grad.at(i), scale.at(i), grad.at(i));
+  });
+  team.barrier();
+  dense_.vecmat(samples, C, M, data(w2_), grad.at(first * C), grad_hidden.at(first * M), part_m.first, part_m.second);
+  const Pointer at = slope_from_output(activation_) ? h : hidden;
+  for_columns(first, samples, M, part_m, [&](std::int64_t i, std::int64_t count) {
+    vector_.activation_backward(activation_, count, grad_hidden.at(i), at.at(i), grad_hidden.at(i));
+  });
+  team.barrier();
+  dense_.vecmat(samples, M, C, data(w1_), grad_hidden.at(first * M), grad_z.at(first * C), part_c.first, part_c.second);
+  for_columns(first, samples, C, part_c, [&](std::int64_t i, std::int64_t count) {
+    vector_.combine_tiles(1, count, points, grad_z.at(i), grad_z.at(i));
+  });
+  team.barrier();
+}
+
+Excitation::Gradients Excitation::empty_gradients(std::array<bool, 4> wanted) const {
+  const auto fresh = [](const at::Tensor& w, bool want) {
+    return want && w.defined() ? at::empty(w.sizes(), w.options()) : at::Tensor();
+  };
+  return {fresh(w1_, wanted[0]), fresh(b1_, wanted[1]), fresh(w2_, wanted[2]), fresh(b2_, wanted[3])};
+}
+
+void Excitation::weight_gradients(std::int64_t samples, Pointer z, Pointer h, Pointer grad_t, Pointer grad_hidden,
+                                  Gradients& g) const {
+  const std::int64_t C = channels_, M = hidden_channels_;
+  parallel(threads_for(weight_bytes() * samples), [&](Team team) {
+    if (g.w1.defined()) {
+      const auto [begin, end] = team.share(M);
+      dense_.outer(samples, M, C, grad_hidden.base, z.base, g.w1.data_ptr(), begin, end);
+    }
+    if (g.w2.defined()) {
+      const auto [begin, end] = team.share(C);
+      dense_.outer(samples, C, M, grad_t.base, h.base, g.w2.data_ptr(), begin, end);
+    }
+    if (team.rank == 0) {
+      if (g.b1.defined()) dense_.sum_samples(samples, M, grad_hidden.base, g.b1.data_ptr());
+      if (g.b2.defined()) dense_.sum_samples(samples, C, grad_t.base, g.b2.data_ptr());
+    }
+  });
+}
+
+}  // namespace se_ext::cpu

@@ -1,0 +1,80 @@
+#include "isa.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <string_view>
+
+#include "../info.h"
+
+namespace se_ext::cpu {
+namespace {
+
+struct Capability {
+  const char* name;
+  bool (*supported)();
+  const KernelTable& (*table)();
+};
+
+bool always() { return true; }
+
+// Narrowest first. setup.py builds the same list for the processor it runs on.
+const Capability kCapabilities[] = {
+    {"baseline", always, baseline::table},
+#if defined(__x86_64__)
+    {"avx2",
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
+     avx2::table},
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     },
+     avx512::table},
+#endif
+};
+
+const Capability& choose() {
+  const char* forced = std::getenv("SE_EXT_CPU_ISA");
+  const Capability* widest = nullptr;
+  std::string known;
+  for (const Capability& c : kCapabilities) {
+    if (forced && std::string_view(forced) == c.name) {
+      TORCH_CHECK(c.supported(), "SE_EXT_CPU_ISA: this CPU can't run ", forced);
+      return c;
+    }
+    if (c.supported()) widest = &c;
+    known += (known.empty() ? "" : ", ") + std::string(c.name);
+  }
+  TORCH_CHECK_VALUE(!forced, "SE_EXT_CPU_ISA: expected one of ", known, ", got \"", forced, "\"");
+  return *widest;
+}
+
+const Capability& chosen() {
+  static const Capability& capability = choose();
+  return capability;
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+  static const KernelTable& table = chosen().table();
+  return table;
+}
+
+}  // namespace se_ext::cpu
+
+namespace se_ext {
+
+std::string cpu_capability() { return cpu::chosen().name; }
+
+std::vector<std::string> cpu_capabilities() {
+  std::vector<std::string> names;
+  for (const auto& c : cpu::kCapabilities) {
+    if (c.supported()) names.emplace_back(c.name);
+  }
+  return names;
+}
+
+}  // namespace se_ext

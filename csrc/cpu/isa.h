@@ -1,0 +1,10 @@
+// Which instruction set the CPU kernels run in: the widest that the CPU has, or what SE_EXT_CPU_ISA names.
+#pragma once
+
+#include "kernels/kernels.h"
+
+namespace se_ext::cpu {
+
+const KernelTable& kernels();
+
+}  // namespace se_ext::cpu

@@ -1,0 +1,112 @@
+// The activations and gates: value and slope, as functions of registers. ATen's conventions at the kinks.
+#pragma once
+
+#include "../../params.h"
+#include "math.h"
+
+namespace se_ext::cpu::SE_EXT_ISA {
+
+template <class V>
+SE_EXT_INLINE V constant(double value) {
+  return V{} + static_cast<decltype(V{}[0] + 0)>(value);
+}
+
+template <class V>
+SE_EXT_INLINE V clamp(V x, double low, double high) {
+  x = x < constant<V>(low) ? constant<V>(low) : x;
+  return x > constant<V>(high) ? constant<V>(high) : x;
+}
+
+inline constexpr double kLeakySlope = 0.01;
+
+// u = A(v)
+template <Activation A, class V>
+SE_EXT_INLINE V activate(V v) {
+  if constexpr (A == Activation::Identity) {
+    return v;
+  } else if constexpr (A == Activation::Relu) {
+    return v < 0 ? V{} : v;
+  } else if constexpr (A == Activation::Relu6) {
+    return clamp(v, 0, 6);
+  } else if constexpr (A == Activation::Silu) {
+    return v / (1 + exp(-v));
+  } else if constexpr (A == Activation::Gelu) {
+    return v * (constant<V>(0.5) * (1 + erf(v * constant<V>(0.70710678118654752440))));
+  } else if constexpr (A == Activation::Hardswish) {
+    return v * clamp(v + 3, 0, 6) / 6;
+  } else if constexpr (A == Activation::LeakyRelu) {
+    return v > 0 ? v : v * constant<V>(kLeakySlope);
+  } else if constexpr (A == Activation::Tanh) {
+    return tanh(v);
+  } else if constexpr (A == Activation::Sigmoid) {
+    return sigmoid(v);
+  } else {
+    static_assert(A == Activation::Hardsigmoid);
+    return clamp(v + 3, 0, 6) / 6;
+  }
+}
+
+// dA/dv. Given the output u where slope_from_output(A), the input v elsewhere.
+template <Activation A, class V>
+SE_EXT_INLINE V slope(V q) {
+  const V one = V{} + 1;
+  if constexpr (A == Activation::Identity) {
+    return one;
+  } else if constexpr (A == Activation::Relu) {
+    return q <= 0 ? V{} : one;
+  } else if constexpr (A == Activation::Relu6) {
+    return q <= 0 ? V{} : (q >= 6 ? V{} : one);
+  } else if constexpr (A == Activation::Silu) {
+    const V sig = sigmoid(q);
+    return sig * (1 + q * (1 - sig));
+  } else if constexpr (A == Activation::Gelu) {
+    const V cdf = constant<V>(0.5) * (1 + erf(q * constant<V>(0.70710678118654752440)));
+    return cdf + q * constant<V>(0.39894228040143267794) * exp(q * q * constant<V>(-0.5));
+  } else if constexpr (A == Activation::Hardswish) {
+    const V middle = q / 3 + constant<V>(0.5);
+    return q < -3 ? V{} : (q <= 3 ? middle : one);
+  } else if constexpr (A == Activation::LeakyRelu) {
+    return q > 0 ? one : constant<V>(kLeakySlope);
+  } else if constexpr (A == Activation::Tanh) {
+    return 1 - q * q;
+  } else if constexpr (A == Activation::Sigmoid) {
+    return q * (1 - q);
+  } else {
+    static_assert(A == Activation::Hardsigmoid);
+    return q > 0 ? (q < 1 ? one / 6 : V{}) : V{};
+  }
+}
+
+template <Activation A>
+struct Of {
+  static constexpr Activation value = A;
+};
+
+// Turns a runtime activation into a template argument: f(Of<A>{}).
+template <class F>
+SE_EXT_INLINE void dispatch(Activation a, F&& f) {
+  switch (a) {
+    case Activation::Identity:
+      return f(Of<Activation::Identity>{});
+    case Activation::Relu:
+      return f(Of<Activation::Relu>{});
+    case Activation::Relu6:
+      return f(Of<Activation::Relu6>{});
+    case Activation::Silu:
+      return f(Of<Activation::Silu>{});
+    case Activation::Gelu:
+      return f(Of<Activation::Gelu>{});
+    case Activation::Hardswish:
+      return f(Of<Activation::Hardswish>{});
+    case Activation::LeakyRelu:
+      return f(Of<Activation::LeakyRelu>{});
+    case Activation::Tanh:
+      return f(Of<Activation::Tanh>{});
+    case Activation::Sigmoid:
+      return f(Of<Activation::Sigmoid>{});
+    case Activation::Hardsigmoid:
+      return f(Of<Activation::Hardsigmoid>{});
+  }
+}
+
+}  // namespace se_ext::cpu::SE_EXT_ISA

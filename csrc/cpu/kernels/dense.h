@@ -1,0 +1,183 @@
+// The small matrix products of the excitation. Each result element is summed in an order that depends on the summed
+// length alone, so a sample's result is the same in any batch and for any split of the rows among threads.
+#pragma once
+
+#include "activations.h"
+#include "vec.h"
+
+namespace se_ext::cpu::SE_EXT_ISA {
+
+// out[b, r] = Σ_k w[r, k] in[b, k] + bias[r]      for kRows rows and kSamples samples, each weight loaded once
+template <int kRows, int kSamples, class T, class A>
+SE_EXT_INLINE void dot_block(std::int64_t columns, const T* w, const A* in, std::int64_t in_stride, A* sums) {
+  Vec<A> acc[kRows][kSamples] = {};
+  for_lanes<A>(columns, [&](std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
+    Vec<A> z[kSamples];
+    for (int b = 0; b < kSamples; ++b) z[b] = load(in + b * in_stride + k, lanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<A> weight = load(w + r * columns + k, lanes);
+      for (int b = 0; b < kSamples; ++b) acc[r][b] += weight * z[b];
+    }
+  });
+  for (int r = 0; r < kRows; ++r) {
+    for (int b = 0; b < kSamples; ++b) sums[r * kSamples + b] = sum_lanes(acc[r][b]);
+  }
+}
+
+// One block of samples against rows [begin, end).
+template <int kSamples, class T, class A>
+SE_EXT_INLINE void dot_rows(std::int64_t columns, const T* w, const T* bias, const A* in, A* out,
+                            std::int64_t out_stride, std::int64_t begin, std::int64_t end) {
+  constexpr int kRows = 4;
+  const auto finish = [&](std::int64_t r, int rows, const A* sums) {
+    for (int i = 0; i < rows; ++i) {
+      const A offset = bias ? load_one(bias + r + i) : A(0);
+      for (int b = 0; b < kSamples; ++b) out[b * out_stride + r + i] = sums[i * kSamples + b] + offset;
+    }
+  };
+  A sums[kRows * kSamples];
+  std::int64_t r = begin;
+  for (; r + kRows <= end; r += kRows) {
+    dot_block<kRows, kSamples>(columns, w + r * columns, in, columns, sums);
+    finish(r, kRows, sums);
+  }
+  for (; r < end; ++r) {
+    dot_block<1, kSamples>(columns, w + r * columns, in, columns, sums);
+    finish(r, 1, sums);
+  }
+}
+
+// out [samples, rows] = in [samples, columns] · wᵀ + bias, w [rows, columns]; only rows [begin, end).
+// Reads w once per block of four samples.
+template <class T>
+void matvec(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_, const void* bias_,
+            const void* in_, void* out_, std::int64_t begin, std::int64_t end) {
+  using A = acc_t<T>;
+  const T* w = static_cast<const T*>(w_);
+  const T* bias = static_cast<const T*>(bias_);
+  const A* in = static_cast<const A*>(in_);
+  A* out = static_cast<A*>(out_);
+  std::int64_t n = 0;
+  for (; n + 4 <= samples; n += 4) dot_rows<4>(columns, w, bias, in + n * columns, out + n * rows, rows, begin, end);
+  for (; n < samples; ++n) dot_rows<1>(columns, w, bias, in + n * columns, out + n * rows, rows, begin, end);
+}
+
+// kSamples samples and kRegisters registers of columns: out[b, k] = Σ_r in[b, r] w[r, k], rows in order.
+template <int kSamples, int kRegisters, class T, class A, class L>
+SE_EXT_INLINE void combine_block(std::int64_t rows, std::int64_t columns, const T* w, const A* in, A* out, L lanes) {
+  Vec<A> acc[kSamples][kRegisters] = {};
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (int k = 0; k < kRegisters; ++k) {
+      const Vec<A> weight = load(w + r * columns + k * kLanes<A>, lanes);
+      for (int b = 0; b < kSamples; ++b) acc[b][k] += in[b * rows + r] * weight;
+    }
+  }
+  for (int b = 0; b < kSamples; ++b) {
+    for (int k = 0; k < kRegisters; ++k) store(out + b * columns + k * kLanes<A>, acc[b][k], lanes);
+  }
+}
+
+template <int kSamples, class T, class A>
+SE_EXT_INLINE void combine_columns(std::int64_t rows, std::int64_t columns, const T* w, const A* in, A* out,
+                                   std::int64_t begin, std::int64_t end) {
+  constexpr int kRegisters = 2;
+  constexpr std::int64_t kWide = kRegisters * kLanes<A>;
+  std::int64_t k = begin;
+  for (; k + kWide <= end; k += kWide) {
+    combine_block<kSamples, kRegisters>(rows, columns, w + k, in, out + k, All{});
+  }
+  for_lanes<A>(end - k, [&](std::int64_t i, auto lanes) {
+    combine_block<kSamples, 1>(rows, columns, w + k + i, in, out + k + i, lanes);
+  });
+}
+
+// out [samples, columns] = in [samples, rows] · w, w [rows, columns]; only columns [begin, end).
+template <class T>
+void vecmat(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_, const void* in_, void* out_,
+            std::int64_t begin, std::int64_t end) {
+  using A = acc_t<T>;
+  const T* w = static_cast<const T*>(w_);
+  const A* in = static_cast<const A*>(in_);
+  A* out = static_cast<A*>(out_);
+  std::int64_t n = 0;
+  for (; n + 4 <= samples; n += 4) {
+    combine_columns<4>(rows, columns, w, in + n * rows, out + n * columns, begin, end);
+  }
+  for (; n < samples; ++n) combine_columns<1>(rows, columns, w, in + n * rows, out + n * columns, begin, end);
+}
+
+// out [rows, columns] = aᵀ · b, a [samples, rows], b [samples, columns], samples in order; only rows [begin, end).
+template <class T>
+void outer(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* a_, const void* b_, void* out_,
+           std::int64_t begin, std::int64_t end) {
+  using A = acc_t<T>;
+  const A* a = static_cast<const A*>(a_);
+  const A* b = static_cast<const A*>(b_);
+  T* out = static_cast<T*>(out_);
+  const auto block = [&]<int kRows>(std::int64_t r) SE_EXT_ALWAYS_INLINE {
+    for_lanes<A>(columns, [&](std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
+      Vec<A> acc[kRows] = {};
+      for (std::int64_t n = 0; n < samples; ++n) {
+        const Vec<A> right = load(b + n * columns + k, lanes);
+        for (int i = 0; i < kRows; ++i) acc[i] += a[n * rows + r + i] * right;
+      }
+      for (int i = 0; i < kRows; ++i) store(out + (r + i) * columns + k, acc[i], lanes);
+    });
+  };
+  std::int64_t r = begin;
+  for (; r + 4 <= end; r += 4) block.template operator()<4>(r);
+  for (; r < end; ++r) block.template operator()<1>(r);
+}
+
+// out [columns] = Σ_n a[n, :], samples in order: the gradient of a bias.
+template <class T>
+void sum_samples(std::int64_t samples, std::int64_t columns, const void* a_, void* out_) {
+  using A = acc_t<T>;
+  const A* a = static_cast<const A*>(a_);
+  T* out = static_cast<T*>(out_);
+  for_lanes<A>(columns, [&](std::int64_t k, auto lanes) {
+    Vec<A> sum{};
+    for (std::int64_t n = 0; n < samples; ++n) sum += load(a + n * columns + k, lanes);
+    store(out + k, sum, lanes);
+  });
+}
+
+// z[c] = (Σ_t sums[t, c]) / points, tiles in order; points = 1 leaves the sum as it is.
+template <class A>
+void combine_tiles(std::int64_t tiles, std::int64_t channels, std::int64_t points, const void* sums_, void* z_) {
+  const A* sums = static_cast<const A*>(sums_);
+  A* z = static_cast<A*>(z_);
+  for_lanes<A>(channels, [&](std::int64_t c, auto lanes) {
+    Vec<A> total{};
+    for (std::int64_t t = 0; t < tiles; ++t) total += load(sums + t * channels + c, lanes);
+    store(z + c, total / static_cast<A>(points), lanes);
+  });
+}
+
+// out = activation(in); out may be in.
+template <class A>
+void activation_forward(Activation activation, std::int64_t count, const void* in_, void* out_) {
+  const A* in = static_cast<const A*>(in_);
+  A* out = static_cast<A*>(out_);
+  dispatch(activation, [&](auto of) {
+    for_lanes<A>(count, [&](std::int64_t i, auto lanes) {
+      store(out + i, activate<of.value>(load(in + i, lanes)), lanes);
+    });
+  });
+}
+
+// out = grad ⊙ activation'(·), given the activation's output where its slope follows from that, its input elsewhere;
+// out may be grad.
+template <class A>
+void activation_backward(Activation activation, std::int64_t count, const void* grad_, const void* at_, void* out_) {
+  const A* grad = static_cast<const A*>(grad_);
+  const A* at = static_cast<const A*>(at_);
+  A* out = static_cast<A*>(out_);
+  dispatch(activation, [&](auto of) {
+    for_lanes<A>(count, [&](std::int64_t i, auto lanes) {
+      store(out + i, load(grad + i, lanes) * slope<of.value>(load(at + i, lanes)), lanes);
+    });
+  });
+}
+
+}  // namespace se_ext::cpu::SE_EXT_ISA

@@ -1,0 +1,52 @@
+// The kernel table: what one instruction set offers to the adapters. Torch-free; every pointer is to contiguous
+// memory of the stated type, "acc" being double for float64 maps and float for all others.
+#pragma once
+
+#include "../../params.h"
+
+namespace se_ext::cpu {
+
+// Over the feature map, by its dtype (map.h). `sums` [C] in acc: ChannelsFirst writes the tile's channels only.
+struct MapKernels {
+  void (*squeeze)(const Slab&, Tile, const void* x, void* sums);
+  void (*rescale)(const Slab&, Tile, const Rescale&);
+  void (*rescale_backward_reduce)(const Slab&, Tile, const RescaleBackward&, void* sums);
+  void (*rescale_backward_apply)(const Slab&, Tile, const RescaleBackward&);
+};
+
+// The excitation's products, by the weights' dtype; in and out are acc (dense.h).
+struct DenseKernels {
+  void (*matvec)(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w, const void* bias,
+                 const void* in, void* out, std::int64_t row_begin, std::int64_t row_end);
+  void (*vecmat)(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w, const void* in,
+                 void* out, std::int64_t column_begin, std::int64_t column_end);
+  void (*outer)(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* a, const void* b,
+                void* out, std::int64_t row_begin, std::int64_t row_end);
+  void (*sum_samples)(std::int64_t samples, std::int64_t columns, const void* a, void* out);
+};
+
+// Over small acc vectors (dense.h).
+struct VectorKernels {
+  void (*combine_tiles)(std::int64_t tiles, std::int64_t channels, std::int64_t points, const void* sums, void* z);
+  void (*activation_forward)(Activation, std::int64_t count, const void* in, void* out);
+  void (*activation_backward)(Activation, std::int64_t count, const void* grad, const void* at, void* out);
+};
+
+struct KernelTable {
+  MapKernels map[kDTypes];
+  DenseKernels dense[kDTypes];
+  VectorKernels vector_float;
+  VectorKernels vector_double;
+};
+
+namespace baseline {
+const KernelTable& table();
+}
+namespace avx2 {
+const KernelTable& table();
+}
+namespace avx512 {
+const KernelTable& table();
+}
+
+}  // namespace se_ext::cpu

@@ -1,0 +1,121 @@
+// Kernels over the feature map: squeeze, rescale and its backward, on one tile of one sample.
+#pragma once
+
+#include "activations.h"
+#include "traverse.h"
+
+namespace se_ext::cpu::SE_EXT_ISA {
+
+template <class F>
+SE_EXT_INLINE void dispatch_layout(Layout layout, F&& f) {
+  if (layout == Layout::ChannelsFirst) {
+    f.template operator()<Layout::ChannelsFirst>();
+  } else {
+    f.template operator()<Layout::ChannelsLast>();
+  }
+}
+
+// sums[c] = Σ_p x[c, p]        reads the tile's x once
+template <class T>
+void squeeze(const Slab& slab, Tile tile, const void* x_, void* sums) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(x_);
+  dispatch_layout(slab.layout, [&]<Layout layout>() {
+    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](std::int64_t) {
+      return [=](std::int64_t i, std::int64_t, auto lanes) SE_EXT_ALWAYS_INLINE { return load(x + i, lanes); };
+    });
+  });
+}
+
+// y = post(scale ⊙ x + residual)        reads x (and residual) once, writes y once; y may be x
+template <class T>
+void rescale(const Slab& slab, Tile tile, const Rescale& r) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(r.x);
+  const A* scales = static_cast<const A*>(r.scale);
+  const T* residual = static_cast<const T*>(r.residual);
+  T* y = static_cast<T*>(r.y);
+  dispatch_layout(slab.layout, [&]<Layout layout>() {
+    dispatch(r.post, [&](auto post) {
+      visit_tile<layout, A>(slab, tile, [=](std::int64_t channel) {
+        const PerChannel<layout, A> scale(scales, channel);
+        return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+          Vec<A> v = scale.at(c, lanes) * load(x + i, lanes);
+          if (residual) v += load(residual + i, lanes);
+          store(y + i, activate<post.value>(v), lanes);
+        };
+      });
+    });
+  });
+}
+
+// gv = g ⊙ post'(v) at one register; see RescaleBackward for what `saved` is.
+template <class T, Activation post>
+struct GradientOfSum {
+  const T* grad;
+  const T* x;
+  const T* saved;
+
+  template <class V, class L>
+  inline SE_EXT_ALWAYS_INLINE V at(std::int64_t i, V scale, L lanes) const {
+    const V g = load(grad + i, lanes);
+    if constexpr (post == Activation::Identity) {
+      return g;
+    } else if constexpr (slope_from_output(post)) {
+      const V y = saved ? load(saved + i, lanes) : activate<post>(scale * load(x + i, lanes));
+      return g * slope<post>(y);
+    } else {
+      V v = scale * load(x + i, lanes);
+      if (saved) v += load(saved + i, lanes);
+      return g * slope<post>(v);
+    }
+  }
+};
+
+template <class T, class F>
+SE_EXT_INLINE void dispatch_backward(const Slab& slab, const RescaleBackward& b, F&& f) {
+  dispatch_layout(slab.layout, [&]<Layout layout>() {
+    dispatch(b.post, [&](auto post) {
+      f.template operator()<layout>(GradientOfSum<T, post.value>{
+          static_cast<const T*>(b.grad), static_cast<const T*>(b.x), static_cast<const T*>(b.saved)});
+    });
+  });
+}
+
+// sums[c] = Σ_p gv[c, p] x[c, p]        reads g and x (and saved) once
+template <class T>
+void rescale_backward_reduce(const Slab& slab, Tile tile, const RescaleBackward& b, void* sums) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(b.x);
+  const A* scales = static_cast<const A*>(b.scale);
+  dispatch_backward<T>(slab, b, [&]<Layout layout>(auto gv) {
+    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](std::int64_t channel) {
+      const PerChannel<layout, A> scale(scales, channel);
+      return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { return gv.at(i, scale.at(c, lanes), lanes) * load(x + i, lanes); };
+    });
+  });
+}
+
+// grad_x = gv ⊙ scale + grad_mean, grad_residual = gv        reads g (and x, saved, where post needs them) once
+template <class T>
+void rescale_backward_apply(const Slab& slab, Tile tile, const RescaleBackward& b) {
+  using A = acc_t<T>;
+  const A* scales = static_cast<const A*>(b.scale);
+  const A* grad_mean = static_cast<const A*>(b.grad_mean);
+  T* grad_x = static_cast<T*>(b.grad_x);
+  T* grad_residual = static_cast<T*>(b.grad_residual);
+  dispatch_backward<T>(slab, b, [&]<Layout layout>(auto gv) {
+    visit_tile<layout, A>(slab, tile, [=](std::int64_t channel) {
+      const PerChannel<layout, A> scale(scales, channel);
+      const PerChannel<layout, A> mean(grad_mean, channel);
+      return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+        const Vec<A> s = scale.at(c, lanes);
+        const Vec<A> g = gv.at(i, s, lanes);
+        if (grad_x) store(grad_x + i, g * s + mean.at(c, lanes), lanes);
+        if (grad_residual) store(grad_residual + i, g, lanes);
+      };
+    });
+  });
+}
+
+}  // namespace se_ext::cpu::SE_EXT_ISA

@@ -1,0 +1,37 @@
+// Instantiates every kernel for one instruction set. Included by baseline.cpp, avx2.cpp and avx512.cpp alone, each of
+// which setup.py compiles with that set's flags.
+#pragma once
+
+#include "dense.h"
+#include "kernels.h"
+#include "map.h"
+
+namespace se_ext::cpu::SE_EXT_ISA {
+
+template <class T>
+constexpr MapKernels map_kernels() {
+  return {squeeze<T>, rescale<T>, rescale_backward_reduce<T>, rescale_backward_apply<T>};
+}
+
+template <class T>
+constexpr DenseKernels dense_kernels() {
+  return {matvec<T>, vecmat<T>, outer<T>, sum_samples<T>};
+}
+
+template <class A>
+constexpr VectorKernels vector_kernels() {
+  return {combine_tiles<A>, activation_forward<A>, activation_backward<A>};
+}
+
+const KernelTable& table() {
+  // In the order of DType.
+  static constexpr KernelTable kTable = {
+      {map_kernels<float>(), map_kernels<double>(), map_kernels<bfloat16>(), map_kernels<float16>()},
+      {dense_kernels<float>(), dense_kernels<double>(), dense_kernels<bfloat16>(), dense_kernels<float16>()},
+      vector_kernels<float>(),
+      vector_kernels<double>(),
+  };
+  return kTable;
+}
+
+}  // namespace se_ext::cpu::SE_EXT_ISA

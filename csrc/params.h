@@ -1,0 +1,70 @@
+// Plain types that cross from the adapters into the kernels. No torch type, no function with external linkage.
+#pragma once
+
+#include <cstdint>
+
+namespace se_ext {
+
+enum class DType : std::uint8_t { Float32, Float64, BFloat16, Float16 };
+inline constexpr int kDTypes = 4;
+
+// Activations and gates share one list; names.cpp says which of them is allowed where.
+enum class Activation : std::uint8_t {
+  Identity,
+  Relu,
+  Relu6,
+  Silu,
+  Gelu,
+  Hardswish,
+  LeakyRelu,
+  Tanh,
+  Sigmoid,
+  Hardsigmoid,
+};
+
+// True where the slope follows from the activation's output, so that backward needs no input: y is saved, or s.
+static constexpr bool slope_from_output(Activation a) {
+  return a != Activation::Silu && a != Activation::Gelu && a != Activation::Hardswish;
+}
+
+// How one sample's slab lies in memory: ChannelsFirst [C, P], ChannelsLast [P, C].
+enum class Layout : std::uint8_t { ChannelsFirst, ChannelsLast };
+
+// One sample's part of a feature map: C channels of P points.
+struct Slab {
+  std::int64_t channels;
+  std::int64_t points;
+  Layout layout;
+};
+
+// A part of a slab that is contiguous in memory: channels [begin, end) if ChannelsFirst, points if ChannelsLast.
+struct Tile {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+// y = post(scale ⊙ x + residual) on one sample. scale [C] in the accumulation type; residual may be null; y may be x.
+struct Rescale {
+  const void* x;
+  const void* scale;
+  const void* residual;
+  void* y;
+  Activation post;
+};
+
+// The backward of Rescale on one sample, g = dL/dy. `saved` is y where slope_from_output(post), else the residual;
+// null where there was no residual (v = scale ⊙ x is then recomputed).
+//   gv = g ⊙ post'(v)     gx = gv ⊙ scale + grad_mean     grad_residual = gv
+// grad_mean [C], the gradient that comes back through the squeeze, is already divided by P; may be null.
+struct RescaleBackward {
+  const void* grad;
+  const void* x;
+  const void* scale;
+  const void* saved;
+  const void* grad_mean;
+  void* grad_x;         // null: not wanted
+  void* grad_residual;  // null: not wanted
+  Activation post;
+};
+
+}  // namespace se_ext

@@ -1,0 +1,20 @@
+"""se_ext: Squeeze-and-Excitation for PyTorch, as fused ops that train."""
+
+from ._loader import load as _load
+
+_load()
+
+from . import functional, reference  # noqa: E402
+from .functional import excite, rescale, squeeze, squeeze_excite  # noqa: E402
+from .modules import SqueezeExcitation  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "SqueezeExcitation",
+    "excite",
+    "functional",
+    "reference",
+    "rescale",
+    "squeeze",
+    "squeeze_excite",
+]

@@ -1,0 +1,161 @@
+"""The ops as functions. They run under eager, autograd, autocast, torch.compile, torch.export and TorchScript.
+
+Formula and shapes follow Hu et al., "Squeeze-and-Excitation Networks" (2017), section 3: squeeze is equation 2,
+excite equation 3, rescale equation 4.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+# TorchScript reads these annotations, so they say Optional[Tensor].
+# ruff: noqa: UP045
+
+
+def squeeze(input: Tensor) -> Tensor:
+    r"""Global average pool over the spatial dims: z[n, c] = (1 / P) Σ_p input[n, c, p].
+
+    Summed in float32 for half types (so that a float16 map whose sum passes 65504 is right), in an order that does
+    not depend on the batch or on the number of threads.
+
+    Args:
+        input: [N, C, *spatial], 1 to 3 spatial dims of P points in all; float32, float64, bfloat16 or float16;
+            contiguous, channels_last and channels_last_3d are read as they are, other strides through one copy.
+
+    Returns:
+        [N, C], of input's dtype. NaN where P = 0, as torch.mean gives.
+
+    Raises:
+        RuntimeError: input of another rank. TypeError: of another dtype.
+
+    Source: Hu et al. 2017, section 3.1, equation 2.
+
+    Example:
+        >>> import torch, se_ext
+        >>> se_ext.squeeze(torch.tensor([[[1.0, 3.0], [2.0, 6.0]]]))
+        tensor([[2., 4.]])
+    """
+    return torch.ops.se_ext.squeeze(input)
+
+
+def excite(
+    z: Tensor,
+    w1: Tensor,
+    b1: Optional[Tensor],
+    w2: Tensor,
+    b2: Optional[Tensor],
+    activation: str = "relu",
+    gate: str = "sigmoid",
+) -> Tensor:
+    r"""The excitation: s = gate(w2 · activation(w1 · z + b1) + b2).
+
+    Runs in float32 for half types, in float64 for float64.
+
+    Args:
+        z: [N, C], the squeezed map; float32, float64, bfloat16 or float16.
+        w1: [M, C] or [M, C, 1, 1], M the squeezed width (C / r); of z's dtype, or float32 beside a half-typed z.
+        b1: [M] or None, of w1's dtype.
+        w2: [C, M] or [C, M, 1, 1], of w1's dtype.
+        b2: [C] or None, of w1's dtype.
+        activation: identity, relu, relu6, silu, gelu, hardswish, leaky_relu (slope 0.01), tanh or sigmoid.
+        gate: sigmoid, hardsigmoid, tanh, relu or identity.
+
+    Returns:
+        [N, C], the scale per sample and channel, of z's dtype.
+
+    Raises:
+        RuntimeError: a shape or device that does not fit. TypeError: a dtype. ValueError: an unknown name.
+
+    Source: Hu et al. 2017, section 3.2, equation 3.
+
+    Example:
+        >>> import torch, se_ext
+        >>> z, w1, w2 = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]]), torch.tensor([[2.0], [-4.0]])
+        >>> se_ext.excite(z, w1, None, w2, None, gate="identity")
+        tensor([[ 2., -4.]])
+    """
+    return torch.ops.se_ext.excite(z, w1, b1, w2, b2, activation, gate)
+
+
+def rescale(
+    input: Tensor, scale: Tensor, residual: Optional[Tensor] = None, post_activation: str = "identity"
+) -> Tensor:
+    r"""Reweights the channels: y = post_activation(scale ⊙ input + residual), in one pass.
+
+    Args:
+        input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16.
+        scale: [N, C], of input's dtype, or float32 beside a half-typed input.
+        residual: None, or of input's shape and dtype.
+        post_activation: identity, relu, relu6, silu, gelu, hardswish, leaky_relu (slope 0.01), tanh or sigmoid.
+
+    Returns:
+        Of input's shape, dtype and memory format.
+
+    Raises:
+        RuntimeError: a shape or device that does not fit. TypeError: a dtype. ValueError: an unknown name.
+
+    Source: Hu et al. 2017, section 3.2, equation 4.
+
+    Example:
+        >>> import torch, se_ext
+        >>> x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+        >>> se_ext.rescale(x, torch.tensor([[2.0, -1.0]]), post_activation="relu")
+        tensor([[[2., 4.],
+                 [0., 0.]]])
+    """
+    return torch.ops.se_ext.rescale(input, scale, residual, post_activation)
+
+
+def squeeze_excite(
+    input: Tensor,
+    w1: Tensor,
+    b1: Optional[Tensor],
+    w2: Tensor,
+    b2: Optional[Tensor],
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    residual: Optional[Tensor] = None,
+    post_activation: str = "identity",
+    inplace: bool = False,
+) -> Tensor:
+    r"""The whole Squeeze-and-Excitation block, fused.
+
+    z = squeeze(input); s = excite(z, w1, b1, w2, b2); y = post_activation(s ⊙ input + residual). The batch is worked
+    on in blocks that stay in cache from the squeeze to the rescale. For backward, input, the residual-free small
+    tensors [N, C] and [N, M], and, where post_activation needs it, the output are kept; nothing else of input's size.
+
+    Args:
+        input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16; contiguous,
+            channels_last and channels_last_3d natively, other strides through one copy.
+        w1: [M, C] or [M, C, 1, 1]; of input's dtype, or float32 beside a half-typed input.
+        b1: [M] or None.
+        w2: [C, M] or [C, M, 1, 1].
+        b2: [C] or None.
+        activation: of the squeezed layer: identity, relu, relu6, silu, gelu, hardswish, leaky_relu, tanh, sigmoid.
+        gate: sigmoid, hardsigmoid, tanh, relu or identity.
+        residual: None, or of input's shape and dtype: the shortcut that is added after the rescale.
+        post_activation: any activation, applied last.
+        inplace: write the result into input. Inference only.
+
+    Returns:
+        Of input's shape, dtype and memory format; input itself if inplace.
+
+    Raises:
+        RuntimeError: a shape or device that does not fit; inplace while an argument requires grad and grad mode is
+            on. TypeError: a dtype. ValueError: an unknown name.
+
+    Source: Hu et al. 2017, section 3, equations 2 to 4.
+
+    Example:
+        >>> import torch, se_ext
+        >>> x = torch.ones(1, 2, 4, 4)
+        >>> y = se_ext.squeeze_excite(x, torch.ones(1, 2), None, torch.zeros(2, 1), None)
+        >>> y.shape, y[0, 0, 0, 0]  # sigmoid(0) = 1/2
+        (torch.Size([1, 2, 4, 4]), tensor(0.5000))
+    """
+    if inplace:
+        return torch.ops.se_ext.squeeze_excite_(input, w1, b1, w2, b2, activation, gate, residual, post_activation)
+    return torch.ops.se_ext.squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation)

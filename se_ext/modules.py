@@ -1,0 +1,93 @@
+"""The block as a module, a drop-in for torchvision's and timm's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from ._names import ACTIVATIONS, GATES, name_of
+
+# TorchScript reads forward's annotations, so they say Optional[Tensor].
+# ruff: noqa: UP045
+
+
+class SqueezeExcitation(nn.Module):
+    r"""The Squeeze-and-Excitation block: y = post(gate(W2 act(W1 mean(x) + b1) + b2) ⊙ x + residual).
+
+    Signature and state_dict are those of torchvision.ops.SqueezeExcitation, and the keys those of timm's SEModule:
+    `fc1.weight` [M, C, 1, 1], `fc1.bias` [M], `fc2.weight` [C, M, 1, 1], `fc2.bias` [C]. Checkpoints of both load as
+    they are. `fc1` and `fc2` are Conv2d modules that hold the parameters (and their default initialisation); the
+    computation is one fused op.
+
+    Args:
+        input_channels: C, of the map.
+        squeeze_channels: M, the squeezed width (the paper's C / r, r = 16).
+        activation: of the squeezed layer: a torch.nn class (or module, or name) among Identity, ReLU, ReLU6, SiLU,
+            GELU, Hardswish, LeakyReLU (slope 0.01), Tanh, Sigmoid.
+        scale_activation: the gate: Sigmoid, Hardsigmoid, Tanh, ReLU or Identity.
+        bias: whether the two layers have biases (the paper's have none).
+        post_activation: applied last, after the residual; None for none.
+        inplace: write the result into the input where no gradient is being recorded (torch.no_grad,
+            torch.inference_mode). While grad mode is on the result is a new tensor.
+
+    Shape:
+        input [N, C, *spatial] with 1 to 3 spatial dims, residual of the same shape or None; output of input's shape,
+        dtype and memory format.
+
+    Raises:
+        ValueError: an activation that the kernels do not compute, with the list of those they do.
+
+    Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", section 3.
+
+    Example:
+        >>> import torch, se_ext
+        >>> se = se_ext.SqueezeExcitation(64, 4, post_activation=torch.nn.ReLU)
+        >>> x, shortcut = torch.randn(2, 64, 7, 7), torch.randn(2, 64, 7, 7)
+        >>> se(x, shortcut).shape
+        torch.Size([2, 64, 7, 7])
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        squeeze_channels: int,
+        activation: str | Callable[..., nn.Module] = nn.ReLU,
+        scale_activation: str | Callable[..., nn.Module] = nn.Sigmoid,
+        *,
+        bias: bool = True,
+        post_activation: str | Callable[..., nn.Module] | None = None,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(input_channels, squeeze_channels, 1, bias=bias)
+        self.fc2 = nn.Conv2d(squeeze_channels, input_channels, 1, bias=bias)
+        self.activation = name_of("activation", activation, ACTIVATIONS)
+        self.scale_activation = name_of("scale_activation", scale_activation, GATES)
+        self.post_activation = name_of("post_activation", post_activation, ACTIVATIONS)
+        self.inplace = inplace
+
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        return functional.squeeze_excite(
+            input,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            self.activation,
+            self.scale_activation,
+            residual,
+            self.post_activation,
+            self.inplace and not torch.is_grad_enabled(),
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"activation={self.activation}", f"scale_activation={self.scale_activation}"]
+        if self.post_activation != "identity":
+            parts.append(f"post_activation={self.post_activation}")
+        if self.inplace:
+            parts.append("inplace=True")
+        return ", ".join(parts)

@@ -1,0 +1,73 @@
+"""The slow, obvious formula in plain torch: the tests' oracle, and a fallback to compare with.
+
+Same names, arguments and shapes as se_ext.functional; every intermediate is a tensor, and autograd is torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda v: v,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    # Not F.hardsigmoid: its float64 gradient is rounded to float32 (it multiplies by a float32 1/6).
+    "hardsigmoid": lambda v: F.hardtanh(v + 3, 0.0, 6.0) / 6,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "identity": lambda v: v,
+}
+
+
+def squeeze(input: Tensor) -> Tensor:
+    """z = mean of input over its spatial dims: [N, C, *spatial] → [N, C]."""
+    return input.flatten(2).mean(dim=2)
+
+
+def excite(
+    z: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+) -> Tensor:
+    """s = gate(W2 activation(W1 z + b1) + b2): [N, C] → [N, C]."""
+    hidden = ACTIVATIONS[activation](F.linear(z, w1.flatten(1), b1))
+    return GATES[gate](F.linear(hidden, w2.flatten(1), b2))
+
+
+def rescale(input: Tensor, scale: Tensor, residual: Tensor | None = None, post_activation: str = "identity") -> Tensor:
+    """y = post_activation(scale ⊙ input + residual)."""
+    v = scale.reshape(*scale.shape, *[1] * (input.dim() - 2)) * input
+    return ACTIVATIONS[post_activation](v if residual is None else v + residual)
+
+
+def squeeze_excite(
+    input: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    residual: Tensor | None = None,
+    post_activation: str = "identity",
+) -> Tensor:
+    """y = rescale(input, excite(squeeze(input)))."""
+    scale = excite(squeeze(input), w1, b1, w2, b2, activation, gate)
+    return rescale(input, scale, residual, post_activation)

@@ -1,0 +1,96 @@
+"""Builds se_ext/libse_ext.so (the torch ops; no Python in it) and se_ext/_C (pybind11: build information).
+
+The CPU kernels are compiled once per instruction set, each as a small static library with its own flags; the ops pick
+one at run time. Metadata is in pyproject.toml.
+"""
+
+import platform
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent
+CSRC = Path("csrc")
+IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
+
+OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+# GCC warns of its own AVX-512 headers (-Wmaybe-uninitialized), and notes that vector arguments changed their ABI
+# between versions (-Wpsabi), which inlined functions don't use.
+KERNEL_FLAGS = ["-std=c++20", "-fPIC", *OPTIMISE, "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+INSTRUCTION_SETS = {"baseline": []}
+if IS_X86:
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+
+
+def headers() -> list[str]:
+    return sorted(str(p) for p in CSRC.rglob("*.h"))
+
+
+def sources(*folders: str) -> list[str]:
+    return sorted(str(p) for folder in folders for p in (CSRC / folder).glob("*.cpp") if p.name != "bindings.cpp")
+
+
+def kernel_library(name: str, flags: list[str]) -> tuple[str, dict]:
+    source = str(CSRC / "cpu" / "kernels" / f"{name}.cpp")
+    kernel_headers = [h for h in headers() if "kernels" in h or h.endswith("params.h")]
+    return f"se_ext_{name}", {
+        "sources": [source],
+        "obj_deps": {source: kernel_headers},
+        "cflags": [*KERNEL_FLAGS, *flags],
+    }
+
+
+class Build(BuildExtension):
+    """Builds the kernels first, links _C against libse_ext, and records the torch version built against."""
+
+    def run(self) -> None:
+        self.run_command("build_clib")
+        super().run()
+        packages = [Path(self.build_lib, "se_ext")] + ([ROOT / "se_ext"] if self.inplace or self.editable_mode else [])
+        for package in packages:
+            package.mkdir(parents=True, exist_ok=True)
+            (package / "_build.py").write_text(
+                f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+            )
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == "se_ext._C":
+            ext.library_dirs.append(str(Path(self.get_ext_fullpath("se_ext.libse_ext")).parent))
+        super().build_extension(ext)
+
+
+def extensions() -> list[Extension]:
+    import pybind11
+
+    ops = CppExtension(
+        "se_ext.libse_ext",
+        sources(".", "cpu"),
+        depends=headers(),
+        # Torch picks the C++ standard. OpenMP is compiled for but not linked: its symbols come from the runtime that
+        # torch itself loads, so that the process has one.
+        extra_compile_args=[*OPTIMISE, "-fopenmp"],
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
+        py_limited_api=True,
+    )
+    info = Extension(
+        "se_ext._C",
+        [str(CSRC / "bindings.cpp")],
+        include_dirs=[pybind11.get_include()],
+        libraries=["se_ext"],
+        depends=headers(),
+        extra_compile_args=OPTIMISE,
+        extra_link_args=["-Wl,-rpath,$ORIGIN"],
+        language="c++",
+    )
+    return [ops, info]
+
+
+setup(
+    libraries=[kernel_library(name, flags) for name, flags in INSTRUCTION_SETS.items()],
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "build_clib": build_clib},
+)
