@@ -4,7 +4,7 @@ from ._loader import load as _load
 
 _load()
 
-from . import functional, reference  # noqa: E402
+from . import _C, functional, reference  # noqa: E402, F401
 from .functional import excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import SqueezeExcitation  # noqa: E402
 
