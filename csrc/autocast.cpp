@@ -13,7 +13,8 @@ using checks::OptionalTensor;
 
 template <c10::DeviceType device>
 struct Autocast {
-  c10::impl::ExcludeDispatchKeyGuard off{c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device))};
+  c10::impl::ExcludeDispatchKeyGuard off{
+      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device))};
   at::ScalarType to = at::autocast::get_autocast_dtype(device);
 
   Tensor map(const Tensor& t) const { return at::autocast::cached_cast(to, t, device); }
@@ -32,8 +33,8 @@ template <c10::DeviceType device>
 Tensor excite(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
               std::string_view activation, std::string_view gate) {
   const Autocast<device> cast;
-  return ops::excite().call(cast.map(z), cast.weight(w1), cast.weight(b1), cast.weight(w2), cast.weight(b2),
-                            activation, gate);
+  return ops::excite().call(cast.map(z), cast.weight(w1), cast.weight(b1), cast.weight(w2), cast.weight(b2), activation,
+                            gate);
 }
 
 template <c10::DeviceType device>
@@ -48,8 +49,8 @@ Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTenso
                       const OptionalTensor& b2, std::string_view activation, std::string_view gate,
                       const OptionalTensor& residual, std::string_view post_activation) {
   const Autocast<device> cast;
-  return ops::squeeze_excite().call(cast.map(input), cast.weight(w1), cast.weight(b1), cast.weight(w2),
-                                    cast.weight(b2), activation, gate, cast.map(residual), post_activation);
+  return ops::squeeze_excite().call(cast.map(input), cast.weight(w1), cast.weight(b1), cast.weight(w2), cast.weight(b2),
+                                    activation, gate, cast.map(residual), post_activation);
 }
 
 // The in-place ops write into the input, whose dtype must stay: autocast leaves them alone (it has no key for them).
@@ -61,8 +62,12 @@ void register_all(torch::Library& m) {
   m.impl("squeeze_excite", squeeze_excite<device>);
 }
 
-TORCH_LIBRARY_IMPL(se_ext, AutocastCPU, m) { register_all<c10::DeviceType::CPU>(m); }
-TORCH_LIBRARY_IMPL(se_ext, AutocastCUDA, m) { register_all<c10::DeviceType::CUDA>(m); }
+TORCH_LIBRARY_IMPL(se_ext, AutocastCPU, m) {
+  register_all<c10::DeviceType::CPU>(m);
+}
+TORCH_LIBRARY_IMPL(se_ext, AutocastCUDA, m) {
+  register_all<c10::DeviceType::CUDA>(m);
+}
 
 }  // namespace
 }  // namespace se_ext

@@ -19,11 +19,19 @@ using checks::OptionalTensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-bool requires_grad(const Tensor& t) { return t.requires_grad(); }
-bool requires_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
+bool requires_grad(const Tensor& t) {
+  return t.requires_grad();
+}
+bool requires_grad(const OptionalTensor& t) {
+  return t.has_value() && t->requires_grad();
+}
 
-bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
-bool has_tangent(const OptionalTensor& t) { return t.has_value() && has_tangent(*t); }
+bool has_tangent(const Tensor& t) {
+  return t._fw_grad(/*level=*/0).defined();
+}
+bool has_tangent(const OptionalTensor& t) {
+  return t.has_value() && has_tangent(*t);
+}
 
 template <class... T>
 bool is_recorded(const T&... tensors) {
@@ -48,8 +56,12 @@ bool needs_formula(const Tensor& input, const T&... others) {
   return has_tangent(input) || (has_tangent(others) || ...) || !has_kernels(input);
 }
 
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-Tensor or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
+OptionalTensor optional(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
+Tensor or_undefined(const OptionalTensor& t) {
+  return t.value_or(Tensor());
+}
 
 // Which of the forward's tensor arguments want a gradient; absent ones don't, and autograd doesn't count them.
 template <std::size_t n>
@@ -133,14 +145,14 @@ struct Rescale : torch::autograd::Function<Rescale> {
 
 struct SqueezeExcite : torch::autograd::Function<SqueezeExcite> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
-                        const Tensor& w2, const OptionalTensor& b2, std::string_view activation,
-                        std::string_view gate, const OptionalTensor& residual, std::string_view post_activation) {
+                        const Tensor& w2, const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                        const OptionalTensor& residual, std::string_view post_activation) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, z, hidden, scale] = ops::_squeeze_excite_forward().call(input, w1, b1, w2, b2, activation, gate,
-                                                                          residual, post_activation);
+    auto [output, z, hidden, scale] =
+        ops::_squeeze_excite_forward().call(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
     const Activation post = parse_activation("squeeze_excite", "post_activation", post_activation);
-    ctx->save_for_backward({input, w1, or_undefined(b1), w2, or_undefined(b2), z, hidden, scale,
-                            saved_for(post, output, residual)});
+    ctx->save_for_backward(
+        {input, w1, or_undefined(b1), w2, or_undefined(b2), z, hidden, scale, saved_for(post, output, residual)});
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["gate"] = std::string(gate);
     ctx->saved_data["residual"] = residual.has_value();
@@ -151,8 +163,8 @@ struct SqueezeExcite : torch::autograd::Function<SqueezeExcite> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto s = ctx->get_saved_variables();
     const auto post = ctx->saved_data["post_activation"].toStringView();
-    auto mask = wanted<6>(
-        ctx, {true, true, s[2].defined(), true, s[4].defined(), ctx->saved_data["residual"].toBool()});
+    auto mask =
+        wanted<6>(ctx, {true, true, s[2].defined(), true, s[4].defined(), ctx->saved_data["residual"].toBool()});
     const bool residual_gets_grad = mask[5] && post == "identity";
     if (residual_gets_grad) mask[5] = false;
     auto [gx, gw1, gb1, gw2, gb2, gr] = ops::_squeeze_excite_backward().call(
@@ -200,8 +212,7 @@ Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTenso
   return ops::squeeze_excite().call(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
 }
 
-Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual,
-                 std::string_view post_activation) {
+Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
   checks::in_place("rescale_", input, {&scale}, {&residual});
   at::AutoDispatchBelowAutograd below;
   return ops::rescale_().call(input, scale, residual, post_activation);
@@ -217,10 +228,12 @@ Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b
 
 // ---- backward: recorded means double backward, which takes the plain formula ----
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(
-    const Tensor& grad_output, const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-    const OptionalTensor& b2, const Tensor& hidden, const Tensor& scale, std::string_view activation,
-    std::string_view gate, std::array<bool, 5> mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor& grad_output, const Tensor& z,
+                                                                   const Tensor& w1, const OptionalTensor& b1,
+                                                                   const Tensor& w2, const OptionalTensor& b2,
+                                                                   const Tensor& hidden, const Tensor& scale,
+                                                                   std::string_view activation, std::string_view gate,
+                                                                   std::array<bool, 5> mask) {
   if (is_recorded(grad_output, z, w1, b1, w2, b2)) {
     return composite::excite_backward(grad_output, z, w1, b1, w2, b2, activation, gate, mask);
   }
@@ -228,9 +241,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(
   return ops::_excite_backward().call(grad_output, z, w1, b1, w2, b2, hidden, scale, activation, gate, mask);
 }
 
-std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input,
-                                                    const Tensor& scale, const OptionalTensor& saved,
-                                                    std::string_view post_activation, std::array<bool, 3> mask) {
+std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
+                                                    const OptionalTensor& saved, std::string_view post_activation,
+                                                    std::array<bool, 3> mask) {
   if (is_recorded(grad_output, input, scale, saved)) {
     return composite::rescale_backward(grad_output, input, scale, saved, post_activation, mask);
   }

@@ -45,7 +45,9 @@ const char* name_of(c10::ScalarType type) {
   }
 }
 
-bool is_half(c10::ScalarType type) { return type == c10::ScalarType::BFloat16 || type == c10::ScalarType::Half; }
+bool is_half(c10::ScalarType type) {
+  return type == c10::ScalarType::BFloat16 || type == c10::ScalarType::Half;
+}
 
 void floating(const char* op, const char* name, const Tensor& t) {
   const auto type = t.scalar_type();
@@ -75,8 +77,8 @@ void dtype(const char* op, const char* name, const Tensor& t, c10::ScalarType ex
 void dtype_beside(const char* op, const char* name, const Tensor& t, c10::ScalarType map) {
   const auto type = t.scalar_type();
   if (is_half(map)) {
-    TORCH_CHECK_TYPE(type == map || type == c10::ScalarType::Float, op, ": expected ", name, " of dtype ",
-                     name_of(map), " or float32, got ", name_of(type));
+    TORCH_CHECK_TYPE(type == map || type == c10::ScalarType::Float, op, ": expected ", name, " of dtype ", name_of(map),
+                     " or float32, got ", name_of(type));
   } else {
     dtype(op, name, t, map);
   }
@@ -97,8 +99,8 @@ void weight(const char* op, const char* name, const Tensor& w, const c10::SymInt
     expected << "M";
   }
   expected << ", " << columns;
-  TORCH_CHECK(false, op, ": expected ", name, " of shape [", expected.str(), "] or [", expected.str(),
-              ", 1, 1], got ", w.sym_sizes());
+  TORCH_CHECK(false, op, ": expected ", name, " of shape [", expected.str(), "] or [", expected.str(), ", 1, 1], got ",
+              w.sym_sizes());
 }
 
 void shape(const char* op, const char* name, const Tensor& t, c10::SymIntArrayRef expected) {
@@ -137,7 +139,9 @@ void tail(const char* op, const Tensor& input, const OptionalTensor& residual, s
 
 }  // namespace
 
-void squeeze(const Tensor& input) { map("squeeze", input); }
+void squeeze(const Tensor& input) {
+  map("squeeze", input);
+}
 
 void excite(const Tensor& z, const Excitation& e) {
   TORCH_CHECK(z.dim() == 2, "excite: expected z of shape [N, C], got ", z.sym_sizes());
@@ -174,8 +178,8 @@ void in_place(const char* op, const Tensor& input, std::initializer_list<const T
 
 void no_overlap(const char* op, const Tensor& input, const OptionalTensor& residual) {
   TORCH_CHECK(at::has_internal_overlap(input) != at::MemOverlap::Yes, op,
-              ": expected input whose elements do not share memory (the op writes into it), got shape ",
-              input.sizes(), " with strides ", input.strides());
+              ": expected input whose elements do not share memory (the op writes into it), got shape ", input.sizes(),
+              " with strides ", input.strides());
   if (residual.has_value()) {
     TORCH_CHECK(at::get_overlap_status(input, *residual) != at::MemOverlapStatus::Partial, op,
                 ": expected residual to be apart from input or the same tensor (the op writes into input), got one "

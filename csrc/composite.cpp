@@ -93,8 +93,12 @@ Tensor weigh(const Tensor& x, const Tensor& scale, const OptionalTensor& residua
 
 // Stands for `t` in a formula that is differentiated anew: a view of it, so that a derivative with respect to it is not
 // mixed with that of another argument computed from the same tensor.
-Tensor stand_in(const Tensor& t) { return t.requires_grad() ? t.view_as(t) : t.detach().requires_grad_(); }
-OptionalTensor stand_in(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(stand_in(*t)) : t; }
+Tensor stand_in(const Tensor& t) {
+  return t.requires_grad() ? t.view_as(t) : t.detach().requires_grad_();
+}
+OptionalTensor stand_in(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(stand_in(*t)) : t;
+}
 
 // d(output)/d(inputs) applied to grad; undefined where not wanted or absent.
 std::vector<Tensor> gradients(const Tensor& output, const Tensor& grad, const std::vector<OptionalTensor>& inputs,
@@ -166,9 +170,11 @@ Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTenso
       .to(input.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(
-    const Tensor& grad_output, const Tensor& z_, const Tensor& w1_, const OptionalTensor& b1_, const Tensor& w2_,
-    const OptionalTensor& b2_, std::string_view activation, std::string_view gate, std::array<bool, 5> mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor& grad_output, const Tensor& z_,
+                                                                   const Tensor& w1_, const OptionalTensor& b1_,
+                                                                   const Tensor& w2_, const OptionalTensor& b2_,
+                                                                   std::string_view activation, std::string_view gate,
+                                                                   std::array<bool, 5> mask) {
   const Tensor z = stand_in(z_), w1 = stand_in(w1_), w2 = stand_in(w2_);
   const OptionalTensor b1 = stand_in(b1_), b2 = stand_in(b2_);
   const auto g = gradients(excite(z, w1, b1, w2, b2, activation, gate), grad_output, {z, w1, b1, w2, b2},
@@ -176,13 +182,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(
   return {g[0], g[1], g[2], g[3], g[4]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input,
-                                                    const Tensor& scale, const OptionalTensor& saved,
-                                                    std::string_view post_activation, std::array<bool, 3> mask) {
+std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
+                                                    const OptionalTensor& saved, std::string_view post_activation,
+                                                    std::array<bool, 3> mask) {
   const Tensor x = stand_in(input), s = stand_in(scale);
   const auto g = tail_backward(
-      grad_output, x, [&] { return s; }, saved, parse_activation("rescale", "post_activation", post_activation),
-      {x, s}, std::vector<bool>(mask.begin(), mask.end()));
+      grad_output, x, [&] { return s; }, saved, parse_activation("rescale", "post_activation", post_activation), {x, s},
+      std::vector<bool>(mask.begin(), mask.end()));
   return {g[0], g[1], g[2]};
 }
 
@@ -194,7 +200,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
   const Tensor x = stand_in(input), w1 = stand_in(w1_), w2 = stand_in(w2_);
   const OptionalTensor b1 = stand_in(b1_), b2 = stand_in(b2_);
   const auto scale = [&] {
-    return scales(spatial_mean(x), w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
+    return scales(spatial_mean(x), w1, b1, w2, b2, parse_activation(op, "activation", activation),
+                  parse_gate(op, gate));
   };
   const auto g = tail_backward(grad_output, x, scale, saved, parse_activation(op, "post_activation", post_activation),
                                {x, w1, b1, w2, b2}, std::vector<bool>(mask.begin(), mask.end()));
@@ -203,8 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
 
 namespace {
 
-Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual,
-                 std::string_view post_activation) {
+Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
   checks::rescale("rescale_", input, scale, residual, post_activation);
   return input.copy_(rescale(input, scale, residual, post_activation));
 }
@@ -226,10 +232,14 @@ void register_all(torch::Library& m) {
 }
 
 // torch.func: under vmap, grad, jvp, … the formula's own operators are transformed, one by one.
-TORCH_LIBRARY_IMPL(se_ext, FuncTorchDynamicLayerFrontMode, m) { register_all(m); }
+TORCH_LIBRARY_IMPL(se_ext, FuncTorchDynamicLayerFrontMode, m) {
+  register_all(m);
+}
 
 // Devices without kernels of ours.
-TORCH_LIBRARY_IMPL(se_ext, CompositeExplicitAutograd, m) { register_all(m); }
+TORCH_LIBRARY_IMPL(se_ext, CompositeExplicitAutograd, m) {
+  register_all(m);
+}
 
 }  // namespace
 

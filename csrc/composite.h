@@ -25,12 +25,14 @@ Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTenso
 
 // The backward ops, differentiable in every argument. What forward saved of the small tensors is computed anew, as a
 // function of the inputs, or second derivatives would miss the paths through it.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(
-    const Tensor& grad_output, const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-    const OptionalTensor& b2, std::string_view activation, std::string_view gate, std::array<bool, 5> mask);
-std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input,
-                                                    const Tensor& scale, const OptionalTensor& saved,
-                                                    std::string_view post_activation, std::array<bool, 3> mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor& grad_output, const Tensor& z,
+                                                                   const Tensor& w1, const OptionalTensor& b1,
+                                                                   const Tensor& w2, const OptionalTensor& b2,
+                                                                   std::string_view activation, std::string_view gate,
+                                                                   std::array<bool, 5> mask);
+std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
+                                                    const OptionalTensor& saved, std::string_view post_activation,
+                                                    std::array<bool, 3> mask);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
     const OptionalTensor& b2, const OptionalTensor& saved, std::string_view activation, std::string_view gate,

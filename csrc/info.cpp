@@ -12,6 +12,8 @@ std::string compiler() {
 #endif
 }
 
-std::string torch_version() { return TORCH_VERSION; }
+std::string torch_version() {
+  return TORCH_VERSION;
+}
 
 }  // namespace se_ext

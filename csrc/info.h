@@ -8,11 +8,11 @@ namespace se_ext {
 
 #define SE_EXT_API __attribute__((visibility("default")))
 
-SE_EXT_API std::string cpu_capability();                     // the instruction set in use
-SE_EXT_API std::vector<std::string> cpu_capabilities();      // those built in that this CPU can run
-SE_EXT_API std::string compiler();                           // what built the library
-SE_EXT_API std::string torch_version();                      // the torch it was built against
-SE_EXT_API int num_threads();                                // torch's intra-op threads
-SE_EXT_API std::string openmp_runtime();                     // path of the OpenMP library that answers here
+SE_EXT_API std::string cpu_capability();                 // the instruction set in use
+SE_EXT_API std::vector<std::string> cpu_capabilities();  // those built in that this CPU can run
+SE_EXT_API std::string compiler();                       // what built the library
+SE_EXT_API std::string torch_version();                  // the torch it was built against
+SE_EXT_API int num_threads();                            // torch's intra-op threads
+SE_EXT_API std::string openmp_runtime();                 // path of the OpenMP library that answers here
 
 }  // namespace se_ext

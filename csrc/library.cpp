@@ -17,32 +17,50 @@ TORCH_LIBRARY(se_ext, m) {
 
   // The formula: squeeze, excite, rescale, and the three as one.
   m.def("squeeze(Tensor input) -> Tensor", functional);
-  m.def("excite(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
-        "str gate=\"sigmoid\") -> Tensor", functional);
+  m.def(
+      "excite(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
+      "str gate=\"sigmoid\") -> Tensor",
+      functional);
   m.def("rescale(Tensor input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") -> Tensor",
         functional);
-  m.def("squeeze_excite(Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
-        "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> Tensor", functional);
+  m.def(
+      "squeeze_excite(Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
+      "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> Tensor",
+      functional);
 
   // In place, for inference.
-  m.def("rescale_(Tensor(a!) input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") "
-        "-> Tensor(a!)", in_place);
-  m.def("squeeze_excite_(Tensor(a!) input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
-        "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> Tensor(a!)", in_place);
+  m.def(
+      "rescale_(Tensor(a!) input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") "
+      "-> Tensor(a!)",
+      in_place);
+  m.def(
+      "squeeze_excite_(Tensor(a!) input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
+      "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> Tensor(a!)",
+      in_place);
 
   // For autograd. `saved` is the output where post_activation's slope follows from it, else the residual; None
   // without a residual. A mask says which gradients are wanted; the others come back as None.
-  m.def("_excite_forward(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate) "
-        "-> (Tensor output, Tensor hidden)", functional);
-  m.def("_excite_backward(Tensor grad_output, Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-        "Tensor hidden, Tensor scale, str activation, str gate, bool[5] mask) "
-        "-> (Tensor z, Tensor w1, Tensor b1, Tensor w2, Tensor b2)", functional);
-  m.def("_rescale_backward(Tensor grad_output, Tensor input, Tensor scale, Tensor? saved, str post_activation, "
-        "bool[3] mask) -> (Tensor input, Tensor scale, Tensor residual)", functional);
-  m.def("_squeeze_excite_forward(Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, "
-        "str gate, Tensor? residual, str post_activation) "
-        "-> (Tensor output, Tensor z, Tensor hidden, Tensor scale)", functional);
-  m.def("_squeeze_excite_backward(Tensor grad_output, Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-        "Tensor z, Tensor hidden, Tensor scale, Tensor? saved, str activation, str gate, str post_activation, "
-        "bool[6] mask) -> (Tensor input, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor residual)", functional);
+  m.def(
+      "_excite_forward(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate) "
+      "-> (Tensor output, Tensor hidden)",
+      functional);
+  m.def(
+      "_excite_backward(Tensor grad_output, Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+      "Tensor hidden, Tensor scale, str activation, str gate, bool[5] mask) "
+      "-> (Tensor z, Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
+      functional);
+  m.def(
+      "_rescale_backward(Tensor grad_output, Tensor input, Tensor scale, Tensor? saved, str post_activation, "
+      "bool[3] mask) -> (Tensor input, Tensor scale, Tensor residual)",
+      functional);
+  m.def(
+      "_squeeze_excite_forward(Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, "
+      "str gate, Tensor? residual, str post_activation) "
+      "-> (Tensor output, Tensor z, Tensor hidden, Tensor scale)",
+      functional);
+  m.def(
+      "_squeeze_excite_backward(Tensor grad_output, Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+      "Tensor z, Tensor hidden, Tensor scale, Tensor? saved, str activation, str gate, str post_activation, "
+      "bool[6] mask) -> (Tensor input, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor residual)",
+      functional);
 }

@@ -16,8 +16,8 @@ Tensor squeeze(const Tensor& input) {
   return empty_matrix(input.sym_size(0), input.sym_size(1), input, input.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> excite_forward(const Tensor& z, const Tensor& w1, const OptionalTensor& b1,
-                                          const Tensor& w2, const OptionalTensor& b2, std::string_view activation,
+std::tuple<Tensor, Tensor> excite_forward(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                                          const OptionalTensor& b2, std::string_view activation,
                                           std::string_view gate) {
   checks::excite(z, {w1, b1, w2, b2, activation, gate});
   return {empty_matrix(z.sym_size(0), z.sym_size(1), z, z.scalar_type()),
@@ -37,10 +37,12 @@ Tensor empty_if(bool wanted, const OptionalTensor& like) {
   return like.has_value() ? empty_if(wanted, *like) : Tensor();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(
-    const Tensor& grad_output, const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-    const OptionalTensor& b2, const Tensor& hidden, const Tensor& scale, std::string_view activation,
-    std::string_view gate, std::array<bool, 5> mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor& grad_output, const Tensor& z,
+                                                                   const Tensor& w1, const OptionalTensor& b1,
+                                                                   const Tensor& w2, const OptionalTensor& b2,
+                                                                   const Tensor& hidden, const Tensor& scale,
+                                                                   std::string_view activation, std::string_view gate,
+                                                                   std::array<bool, 5> mask) {
   checks::excite(z, {w1, b1, w2, b2, activation, gate});
   checks::same_shape("excite", "grad_output", grad_output, z);
   return {empty_if(mask[0], z), empty_if(mask[1], w1), empty_if(mask[2], b1), empty_if(mask[3], w2),
@@ -53,26 +55,26 @@ Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& r
   return empty_map_like(input);
 }
 
-Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual,
-                 std::string_view post_activation) {
+Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
   checks::rescale("rescale_", input, scale, residual, post_activation);
   checks::in_place("rescale_", input, {&scale}, {&residual});
   return input;
 }
 
-std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input,
-                                                    const Tensor& scale, const OptionalTensor& saved,
-                                                    std::string_view post_activation, std::array<bool, 3> mask) {
+std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
+                                                    const OptionalTensor& saved, std::string_view post_activation,
+                                                    std::array<bool, 3> mask) {
   checks::rescale("rescale", input, scale, saved, post_activation);
   checks::same_shape("rescale", "grad_output", grad_output, input);
   return {mask[0] ? empty_map_like(input) : Tensor(), empty_if(mask[1], scale),
           mask[2] ? empty_map_like(input) : Tensor()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(
-    const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
-    std::string_view activation, std::string_view gate, const OptionalTensor& residual,
-    std::string_view post_activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(const Tensor& input, const Tensor& w1,
+                                                                  const OptionalTensor& b1, const Tensor& w2,
+                                                                  const OptionalTensor& b2, std::string_view activation,
+                                                                  std::string_view gate, const OptionalTensor& residual,
+                                                                  std::string_view post_activation) {
   checks::squeeze_excite("squeeze_excite", input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
   const auto type = accumulation_type(input.scalar_type());
   const auto matrix = [&](c10::SymInt columns) {
@@ -102,9 +104,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
     std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 6> mask) {
   checks::squeeze_excite("squeeze_excite", input, {w1, b1, w2, b2, activation, gate}, saved, post_activation);
   checks::same_shape("squeeze_excite", "grad_output", grad_output, input);
-  return {mask[0] ? empty_map_like(input) : Tensor(), empty_if(mask[1], w1),
-          empty_if(mask[2], b1),                      empty_if(mask[3], w2),
-          empty_if(mask[4], b2),                      mask[5] ? empty_map_like(input) : Tensor()};
+  return {mask[0] ? empty_map_like(input) : Tensor(),
+          empty_if(mask[1], w1),
+          empty_if(mask[2], b1),
+          empty_if(mask[3], w2),
+          empty_if(mask[4], b2),
+          mask[5] ? empty_map_like(input) : Tensor()};
 }
 
 TORCH_LIBRARY_IMPL(se_ext, Meta, m) {

@@ -15,17 +15,21 @@ struct Named {
 };
 
 constexpr std::array kActivations = {
-    Named{"identity", Activation::Identity},     Named{"relu", Activation::Relu},
-    Named{"relu6", Activation::Relu6},           Named{"silu", Activation::Silu},
-    Named{"gelu", Activation::Gelu},             Named{"hardswish", Activation::Hardswish},
-    Named{"leaky_relu", Activation::LeakyRelu},  Named{"tanh", Activation::Tanh},
+    Named{"identity", Activation::Identity},
+    Named{"relu", Activation::Relu},
+    Named{"relu6", Activation::Relu6},
+    Named{"silu", Activation::Silu},
+    Named{"gelu", Activation::Gelu},
+    Named{"hardswish", Activation::Hardswish},
+    Named{"leaky_relu", Activation::LeakyRelu},
+    Named{"tanh", Activation::Tanh},
     Named{"sigmoid", Activation::Sigmoid},
 };
 
 // Every gate's slope follows from its output, so that backward needs the scale alone.
 constexpr std::array kGates = {
-    Named{"sigmoid", Activation::Sigmoid}, Named{"hardsigmoid", Activation::Hardsigmoid},
-    Named{"tanh", Activation::Tanh},       Named{"relu", Activation::Relu},
+    Named{"sigmoid", Activation::Sigmoid},   Named{"hardsigmoid", Activation::Hardsigmoid},
+    Named{"tanh", Activation::Tanh},         Named{"relu", Activation::Relu},
     Named{"identity", Activation::Identity},
 };
 
@@ -47,6 +51,8 @@ Activation parse_activation(const char* op, const char* argument, std::string_vi
   return parse(op, argument, kActivations, name);
 }
 
-Activation parse_gate(const char* op, std::string_view name) { return parse(op, "gate", kGates, name); }
+Activation parse_gate(const char* op, std::string_view name) {
+  return parse(op, "gate", kGates, name);
+}
 
 }  // namespace se_ext

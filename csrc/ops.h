@@ -16,27 +16,26 @@ using at::Tensor;
 using checks::OptionalTensor;
 
 // Named as in library.cpp. A handle is looked up once, at the first call.
-#define SE_EXT_OP(name, ...)                                                                                 \
-  inline const auto& name() {                                                                                \
-    static const auto handle =                                                                               \
-        c10::Dispatcher::singleton().findSchemaOrThrow("se_ext::" #name, "").typed<__VA_ARGS__>();           \
-    return handle;                                                                                           \
+#define SE_EXT_OP(name, ...)                                                                       \
+  inline const auto& name() {                                                                      \
+    static const auto handle =                                                                     \
+        c10::Dispatcher::singleton().findSchemaOrThrow("se_ext::" #name, "").typed<__VA_ARGS__>(); \
+    return handle;                                                                                 \
   }
 
 SE_EXT_OP(squeeze, Tensor(const Tensor&))
 SE_EXT_OP(excite, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
                          std::string_view, std::string_view))
 SE_EXT_OP(rescale, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view))
-SE_EXT_OP(squeeze_excite, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                 const OptionalTensor&, std::string_view, std::string_view, const OptionalTensor&,
-                                 std::string_view))
+SE_EXT_OP(squeeze_excite,
+          Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                 std::string_view, std::string_view, const OptionalTensor&, std::string_view))
 SE_EXT_OP(rescale_, Tensor&(Tensor&, const Tensor&, const OptionalTensor&, std::string_view))
-SE_EXT_OP(squeeze_excite_, Tensor&(Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                   const OptionalTensor&, std::string_view, std::string_view, const OptionalTensor&,
-                                   std::string_view))
-SE_EXT_OP(_excite_forward, std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
-                                                      const Tensor&, const OptionalTensor&, std::string_view,
-                                                      std::string_view))
+SE_EXT_OP(squeeze_excite_, Tensor&(Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                                   std::string_view, std::string_view, const OptionalTensor&, std::string_view))
+SE_EXT_OP(_excite_forward,
+          std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                     const OptionalTensor&, std::string_view, std::string_view))
 SE_EXT_OP(_excite_backward,
           std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                              const OptionalTensor&, const Tensor&,
@@ -46,14 +45,14 @@ SE_EXT_OP(_rescale_backward,
           std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                              std::string_view, std::array<bool, 3>))
 SE_EXT_OP(_squeeze_excite_forward,
-          std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
-                                                     const Tensor&, const OptionalTensor&, std::string_view,
-                                                     std::string_view, const OptionalTensor&, std::string_view))
+          std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                                     const OptionalTensor&, std::string_view, std::string_view,
+                                                     const OptionalTensor&, std::string_view))
 SE_EXT_OP(_squeeze_excite_backward,
           std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-              const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-              std::string_view, std::string_view, std::string_view, std::array<bool, 6>))
+              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, std::string_view, std::string_view,
+              std::string_view, std::array<bool, 6>))
 
 #undef SE_EXT_OP
 

@@ -3,9 +3,13 @@
 namespace se_ext::cpu {
 namespace {
 
-at::Tensor contiguous(const checks::OptionalTensor& t) { return t.has_value() ? t->contiguous() : at::Tensor(); }
+at::Tensor contiguous(const checks::OptionalTensor& t) {
+  return t.has_value() ? t->contiguous() : at::Tensor();
+}
 
-const void* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+const void* data(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr() : nullptr;
+}
 
 // f(offset, count) for columns [begin, end) of rows [first, first + rows): one call where they are contiguous.
 template <class F>

@@ -27,8 +27,8 @@ class Excitation {
                Pointer scale) const;
 
   // grad (dL/ds, overwritten with dL/dt) → grad_hidden, grad_z / points. Ends with a barrier.
-  void backward(Team team, std::int64_t first, std::int64_t samples, std::int64_t points, Pointer scale,
-                Pointer hidden, Pointer h, Pointer grad, Pointer grad_hidden, Pointer grad_z) const;
+  void backward(Team team, std::int64_t first, std::int64_t samples, std::int64_t points, Pointer scale, Pointer hidden,
+                Pointer h, Pointer grad, Pointer grad_hidden, Pointer grad_z) const;
 
   // h from what forward saved.
   void activate(std::int64_t samples, Pointer hidden, Pointer h) const;

@@ -18,8 +18,8 @@ int threads_by_sample(const Excitation& e, std::int64_t samples) {
 }
 
 // (s in z's dtype, hidden [N, M] for backward)
-std::tuple<Tensor, Tensor> excite_forward(const Tensor& z, const Tensor& w1, const OptionalTensor& b1,
-                                          const Tensor& w2, const OptionalTensor& b2, std::string_view activation,
+std::tuple<Tensor, Tensor> excite_forward(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                                          const OptionalTensor& b2, std::string_view activation,
                                           std::string_view gate) {
   checks::excite(z, {w1, b1, w2, b2, activation, gate});
   const Excitation e(w1, b1, w2, b2, parse_activation("excite", "activation", activation), parse_gate("excite", gate));
@@ -42,10 +42,12 @@ Tensor excite(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const
   return std::get<0>(excite_forward(z, w1, b1, w2, b2, activation, gate));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(
-    const Tensor& grad_output, const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-    const OptionalTensor& b2, const Tensor& hidden, const Tensor& scale, std::string_view activation,
-    std::string_view gate, std::array<bool, 5> mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor& grad_output, const Tensor& z,
+                                                                   const Tensor& w1, const OptionalTensor& b1,
+                                                                   const Tensor& w2, const OptionalTensor& b2,
+                                                                   const Tensor& hidden, const Tensor& scale,
+                                                                   std::string_view activation, std::string_view gate,
+                                                                   std::array<bool, 5> mask) {
   checks::excite(z, {w1, b1, w2, b2, activation, gate});
   checks::same_shape("excite", "grad_output", grad_output, z);
   const Excitation e(w1, b1, w2, b2, parse_activation("excite", "activation", activation), parse_gate("excite", gate));

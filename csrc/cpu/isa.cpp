@@ -16,7 +16,9 @@ struct Capability {
   const KernelTable& (*table)();
 };
 
-bool always() { return true; }
+bool always() {
+  return true;
+}
 
 // Narrowest first. setup.py builds the same list for the processor it runs on.
 const Capability kCapabilities[] = {
@@ -67,7 +69,9 @@ const KernelTable& kernels() {
 
 namespace se_ext {
 
-std::string cpu_capability() { return cpu::chosen().name; }
+std::string cpu_capability() {
+  return cpu::chosen().name;
+}
 
 std::vector<std::string> cpu_capabilities() {
   std::vector<std::string> names;

@@ -35,7 +35,9 @@ int threads_for(std::int64_t bytes) {
 
 namespace se_ext {
 
-int num_threads() { return at::get_num_threads(); }
+int num_threads() {
+  return at::get_num_threads();
+}
 
 std::string openmp_runtime() {
   Dl_info info;

@@ -37,8 +37,7 @@ Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& r
   return y;
 }
 
-Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual,
-                 std::string_view post_activation) {
+Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
   checks::rescale("rescale_", input, scale, residual, post_activation);
   checks::in_place("rescale_", input, {&scale}, {&residual});
   checks::no_overlap("rescale_", input, residual);
@@ -48,9 +47,9 @@ Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& resid
   return input;
 }
 
-std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input,
-                                                    const Tensor& scale, const OptionalTensor& saved,
-                                                    std::string_view post_activation, std::array<bool, 3> mask) {
+std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
+                                                    const OptionalTensor& saved, std::string_view post_activation,
+                                                    std::array<bool, 3> mask) {
   checks::rescale("rescale", input, scale, saved, post_activation);
   checks::same_shape("rescale", "grad_output", grad_output, input);
   const FeatureMap x(input);
@@ -67,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
   const std::int64_t slab = x.slab_elements();
   const Activation post = parse_activation("rescale", "post_activation", post_activation);
   const auto at_sample = [&](std::int64_t n) {
-    return RescaleBackward{g_at.at(n * slab), x.sample(n),       s_at.at(n * x.slab.channels), kept_at.at(n * slab),
+    return RescaleBackward{g_at.at(n * slab), x.sample(n),        s_at.at(n * x.slab.channels), kept_at.at(n * slab),
                            nullptr,           gx_at.at(n * slab), gr_at.at(n * slab),           post};
   };
 
@@ -81,9 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
       });
     }
     if (mask[0] || mask[2]) {
-      tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
-        map.rescale_backward_apply(x.slab, tile, at_sample(n));
-      });
+      tiles.apply(team, first, samples,
+                  [&](std::int64_t n, Tile tile) { map.rescale_backward_apply(x.slab, tile, at_sample(n)); });
     }
   });
   return {grad_input, mask[1] ? grad_scale.to(scale.scalar_type()) : Tensor(), grad_residual};

@@ -16,14 +16,15 @@ at::Tensor squeeze(const at::Tensor& input) {
   const Schedule schedule = Schedule::of(x, 1, 0);
   const Tiles tiles(x, schedule, type);
   schedule.run(x.samples, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
-    tiles.reduce(team, index, first, samples, x.slab.points, Pointer(z), [&](std::int64_t n, Tile tile, void* sums) {
-      map.squeeze(x.slab, tile, x.sample(n), sums);
-    });
+    tiles.reduce(team, index, first, samples, x.slab.points, Pointer(z),
+                 [&](std::int64_t n, Tile tile, void* sums) { map.squeeze(x.slab, tile, x.sample(n), sums); });
   });
   return z.to(input.scalar_type());
 }
 
-TORCH_LIBRARY_IMPL(se_ext, CPU, m) { m.impl("squeeze", squeeze); }
+TORCH_LIBRARY_IMPL(se_ext, CPU, m) {
+  m.impl("squeeze", squeeze);
+}
 
 }  // namespace
 }  // namespace se_ext::cpu

@@ -34,23 +34,22 @@ Small forward(const FeatureMap& x, const Excitation& e, const OptionalTensor& re
   const Schedule schedule = Schedule::of(x, r.defined() ? 3 : 2, e.weight_bytes());
   const Tiles tiles(x, schedule, type);
   schedule.run(N, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
-    tiles.reduce(team, index, first, samples, x.slab.points, z_at, [&](std::int64_t n, Tile tile, void* sums) {
-      map.squeeze(x.slab, tile, x.sample(n), sums);
-    });
+    tiles.reduce(team, index, first, samples, x.slab.points, z_at,
+                 [&](std::int64_t n, Tile tile, void* sums) { map.squeeze(x.slab, tile, x.sample(n), sums); });
     e.forward(team, first, samples, z_at, hidden_at, h_at, scale_at);
     tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
-      map.rescale(x.slab, tile,
-                  {x.sample(n), scale_at.at(n * C), residual_at.at(n * slab), y_at.at(n * slab), post});
+      map.rescale(x.slab, tile, {x.sample(n), scale_at.at(n * C), residual_at.at(n * slab), y_at.at(n * slab), post});
     });
   });
   return small;
 }
 
 // (y, z, hidden, scale): what backward needs besides the inputs.
-std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(
-    const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
-    std::string_view activation, std::string_view gate, const OptionalTensor& residual,
-    std::string_view post_activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(const Tensor& input, const Tensor& w1,
+                                                                  const OptionalTensor& b1, const Tensor& w2,
+                                                                  const OptionalTensor& b2, std::string_view activation,
+                                                                  std::string_view gate, const OptionalTensor& residual,
+                                                                  std::string_view post_activation) {
   const char* op = "squeeze_excite";
   checks::squeeze_excite(op, input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
   const FeatureMap x(input);
@@ -63,8 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(
 Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
                       const OptionalTensor& b2, std::string_view activation, std::string_view gate,
                       const OptionalTensor& residual, std::string_view post_activation) {
-  return std::get<0>(
-      squeeze_excite_forward(input, w1, b1, w2, b2, activation, gate, residual, post_activation));
+  return std::get<0>(squeeze_excite_forward(input, w1, b1, w2, b2, activation, gate, residual, post_activation));
 }
 
 Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
@@ -102,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
 
   const auto pointer = [](const Tensor& t) { return t.defined() ? Pointer(t) : Pointer(); };
   const Pointer g_at(g), s_at(scale), kept_at = pointer(kept), gx_at = pointer(grad_input),
-                         gr_at = pointer(grad_residual), gz_at(grad_z);
+                                      gr_at = pointer(grad_residual), gz_at(grad_z);
   const Activation post = parse_activation(op, "post_activation", post_activation);
   const auto at_sample = [&](std::int64_t n) {
     return RescaleBackward{g_at.at(n * slab), x.sample(n),        s_at.at(n * C),     kept_at.at(n * slab),
@@ -120,9 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
     e.backward(team, first, samples, x.slab.points, s_at, Pointer(hidden), Pointer(h), Pointer(grad_t),
                Pointer(grad_hidden), gz_at);
     if (mask[0] || mask[5]) {
-      tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
-        map.rescale_backward_apply(x.slab, tile, at_sample(n));
-      });
+      tiles.apply(team, first, samples,
+                  [&](std::int64_t n, Tile tile) { map.rescale_backward_apply(x.slab, tile, at_sample(n)); });
     }
   });
   Excitation::Gradients grads = e.empty_gradients({mask[1], mask[2], mask[3], mask[4]});

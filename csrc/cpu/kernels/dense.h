@@ -160,9 +160,8 @@ void activation_forward(Activation activation, std::int64_t count, const void* i
   const A* in = static_cast<const A*>(in_);
   A* out = static_cast<A*>(out_);
   dispatch(activation, [&](auto of) {
-    for_lanes<A>(count, [&](std::int64_t i, auto lanes) {
-      store(out + i, activate<of.value>(load(in + i, lanes)), lanes);
-    });
+    for_lanes<A>(count,
+                 [&](std::int64_t i, auto lanes) { store(out + i, activate<of.value>(load(in + i, lanes)), lanes); });
   });
 }
 

@@ -20,8 +20,8 @@ struct DenseKernels {
                  const void* in, void* out, std::int64_t row_begin, std::int64_t row_end);
   void (*vecmat)(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w, const void* in,
                  void* out, std::int64_t column_begin, std::int64_t column_end);
-  void (*outer)(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* a, const void* b,
-                void* out, std::int64_t row_begin, std::int64_t row_end);
+  void (*outer)(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* a, const void* b, void* out,
+                std::int64_t row_begin, std::int64_t row_end);
   void (*sum_samples)(std::int64_t samples, std::int64_t columns, const void* a, void* out);
 };
 

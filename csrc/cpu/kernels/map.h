@@ -91,7 +91,8 @@ void rescale_backward_reduce(const Slab& slab, Tile tile, const RescaleBackward&
   dispatch_backward<T>(slab, b, [&]<Layout layout>(auto gv) {
     sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](std::int64_t channel) {
       const PerChannel<layout, A> scale(scales, channel);
-      return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { return gv.at(i, scale.at(c, lanes), lanes) * load(x + i, lanes); };
+      return [=](std::int64_t i, std::int64_t c, auto lanes)
+                 SE_EXT_ALWAYS_INLINE { return gv.at(i, scale.at(c, lanes), lanes) * load(x + i, lanes); };
     });
   });
 }

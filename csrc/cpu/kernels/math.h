@@ -43,27 +43,20 @@ SE_EXT_INLINE Vec<A> exp_lanes(Vec<A> x) {
   const Vec<A> whole = shifted - K::kRound;
   const I k = bit_cast<I>(shifted) - bit_cast<I>(broadcast<A>(K::kRound));
   const Vec<A> r = (x - whole * K::kLn2High) - whole * K::kLn2Low;
-  constexpr double kInverseFactorial[] = {1.0,
-                                          1.0,
-                                          1.0 / 2,
-                                          1.0 / 6,
-                                          1.0 / 24,
-                                          1.0 / 120,
-                                          1.0 / 720,
-                                          1.0 / 5040,
-                                          1.0 / 40320,
-                                          1.0 / 362880,
-                                          1.0 / 3628800,
-                                          1.0 / 39916800,
-                                          1.0 / 479001600,
-                                          1.0 / 6227020800.0};
+  constexpr double kInverseFactorial[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
   Vec<A> series = broadcast<A>(static_cast<A>(kInverseFactorial[K::kDegree]));
   for (int i = K::kDegree - 1; i >= 0; --i) series = series * r + static_cast<A>(kInverseFactorial[i]);
   const I half = k >> 1;
   return series * power_of_two<A>(half) * power_of_two<A>(k - half);
 }
-SE_EXT_INLINE vfloat exp(vfloat x) { return exp_lanes<float>(x); }
-SE_EXT_INLINE vdouble exp(vdouble x) { return exp_lanes<double>(x); }
+SE_EXT_INLINE vfloat exp(vfloat x) {
+  return exp_lanes<float>(x);
+}
+SE_EXT_INLINE vdouble exp(vdouble x) {
+  return exp_lanes<double>(x);
+}
 
 template <class V>
 SE_EXT_INLINE V sigmoid(V x) {
@@ -88,7 +81,7 @@ SE_EXT_INLINE vfloat tanh(vfloat x) {
 SE_EXT_INLINE vfloat erf(vfloat x) {
   const vfloat a = x < 0 ? -x : x;
   const vfloat t = 1 / (1 + 0.3275911f * a);
-  constexpr float kC[] = {0.17384993633790694f,  0.2844742113758401f, -0.20366938761340478f, 0.9186071772697212f,
+  constexpr float kC[] = {0.17384993633790694f, 0.2844742113758401f, -0.20366938761340478f, 0.9186071772697212f,
                           -0.7084681663556055f, 0.4949675185198653f, 0.1111186336357175f,   -0.07087992366113348f};
   vfloat p = broadcast<float>(kC[7]);
   for (int i = 6; i >= 0; --i) p = p * t + kC[i];

@@ -106,15 +106,13 @@ SE_EXT_INLINE void visit_tile(const Slab& slab, Tile tile, Factory&& factory) {
     for (std::int64_t c = tile.begin; c < tile.end; ++c) {
       const auto f = factory(c);
       const std::int64_t row = c * slab.points;
-      for_lanes<A>(slab.points,
-                   [=](std::int64_t p, auto lanes) SE_EXT_ALWAYS_INLINE { f(row + p, c, lanes); });
+      for_lanes<A>(slab.points, [=](std::int64_t p, auto lanes) SE_EXT_ALWAYS_INLINE { f(row + p, c, lanes); });
     }
   } else {
     const auto f = factory(0);
     for (std::int64_t p = tile.begin; p < tile.end; ++p) {
       const std::int64_t pixel = p * slab.channels;
-      for_lanes<A>(slab.channels,
-                   [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { f(pixel + c, c, lanes); });
+      for_lanes<A>(slab.channels, [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { f(pixel + c, c, lanes); });
     }
   }
 }

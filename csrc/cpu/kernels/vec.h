@@ -147,23 +147,39 @@ SE_EXT_INLINE vfloat load_first(const float* p, First f) {
 SE_EXT_INLINE vdouble load_first(const double* p, First f) {
   return (vdouble)_mm256_maskload_pd(p, first_mask64(f.count));
 }
-SE_EXT_INLINE vuint16 load_first(const std::uint16_t* p, First f) { return load_lanes<vuint16>(p, f.count); }
+SE_EXT_INLINE vuint16 load_first(const std::uint16_t* p, First f) {
+  return load_lanes<vuint16>(p, f.count);
+}
 SE_EXT_INLINE void store_first(float* p, vfloat v, First f) {
   _mm256_maskstore_ps(p, first_mask32(f.count), (__m256)v);
 }
 SE_EXT_INLINE void store_first(double* p, vdouble v, First f) {
   _mm256_maskstore_pd(p, first_mask64(f.count), (__m256d)v);
 }
-SE_EXT_INLINE void store_first(std::uint16_t* p, vuint16 v, First f) { store_lanes(p, v, f.count); }
+SE_EXT_INLINE void store_first(std::uint16_t* p, vuint16 v, First f) {
+  store_lanes(p, v, f.count);
+}
 
 #else
 
-SE_EXT_INLINE vfloat load_first(const float* p, First f) { return load_lanes<vfloat>(p, f.count); }
-SE_EXT_INLINE vdouble load_first(const double* p, First f) { return load_lanes<vdouble>(p, f.count); }
-SE_EXT_INLINE vuint16 load_first(const std::uint16_t* p, First f) { return load_lanes<vuint16>(p, f.count); }
-SE_EXT_INLINE void store_first(float* p, vfloat v, First f) { store_lanes(p, v, f.count); }
-SE_EXT_INLINE void store_first(double* p, vdouble v, First f) { store_lanes(p, v, f.count); }
-SE_EXT_INLINE void store_first(std::uint16_t* p, vuint16 v, First f) { store_lanes(p, v, f.count); }
+SE_EXT_INLINE vfloat load_first(const float* p, First f) {
+  return load_lanes<vfloat>(p, f.count);
+}
+SE_EXT_INLINE vdouble load_first(const double* p, First f) {
+  return load_lanes<vdouble>(p, f.count);
+}
+SE_EXT_INLINE vuint16 load_first(const std::uint16_t* p, First f) {
+  return load_lanes<vuint16>(p, f.count);
+}
+SE_EXT_INLINE void store_first(float* p, vfloat v, First f) {
+  store_lanes(p, v, f.count);
+}
+SE_EXT_INLINE void store_first(double* p, vdouble v, First f) {
+  store_lanes(p, v, f.count);
+}
+SE_EXT_INLINE void store_first(std::uint16_t* p, vuint16 v, First f) {
+  store_lanes(p, v, f.count);
+}
 
 #endif
 
@@ -191,12 +207,16 @@ SE_EXT_INLINE vuint16 narrow_bfloat16(vfloat v) {
 }
 
 #if defined(__AVX512F__)
-SE_EXT_INLINE vfloat widen_float16(vuint16 h) { return (vfloat)_mm512_cvtph_ps((__m256i)h); }
+SE_EXT_INLINE vfloat widen_float16(vuint16 h) {
+  return (vfloat)_mm512_cvtph_ps((__m256i)h);
+}
 SE_EXT_INLINE vuint16 narrow_float16(vfloat v) {
   return (vuint16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif defined(__F16C__)
-SE_EXT_INLINE vfloat widen_float16(vuint16 h) { return (vfloat)_mm256_cvtph_ps((__m128i)h); }
+SE_EXT_INLINE vfloat widen_float16(vuint16 h) {
+  return (vfloat)_mm256_cvtph_ps((__m128i)h);
+}
 SE_EXT_INLINE vuint16 narrow_float16(vfloat v) {
   return (vuint16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -263,16 +283,28 @@ SE_EXT_INLINE void store(float16* p, vfloat v, L lanes) {
 }
 
 // One stored value, in the accumulation type.
-SE_EXT_INLINE float load_one(const float* p) { return *p; }
-SE_EXT_INLINE double load_one(const double* p) { return *p; }
-SE_EXT_INLINE float load_one(const bfloat16* p) { return load(p, First{1})[0]; }
-SE_EXT_INLINE float load_one(const float16* p) { return load(p, First{1})[0]; }
+SE_EXT_INLINE float load_one(const float* p) {
+  return *p;
+}
+SE_EXT_INLINE double load_one(const double* p) {
+  return *p;
+}
+SE_EXT_INLINE float load_one(const bfloat16* p) {
+  return load(p, First{1})[0];
+}
+SE_EXT_INLINE float load_one(const float16* p) {
+  return load(p, First{1})[0];
+}
 
 // ---- the sum over a register's lanes: halves added to halves, always in this order ----
 
 #if defined(__AVX512F__)
-SE_EXT_INLINE float sum_lanes(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
-SE_EXT_INLINE double sum_lanes(vdouble v) { return _mm512_reduce_add_pd((__m512d)v); }
+SE_EXT_INLINE float sum_lanes(vfloat v) {
+  return _mm512_reduce_add_ps((__m512)v);
+}
+SE_EXT_INLINE double sum_lanes(vdouble v) {
+  return _mm512_reduce_add_pd((__m512d)v);
+}
 #else
 template <class V>
 SE_EXT_INLINE auto sum_lanes(V v) {

@@ -1,0 +1,51 @@
+# Each target sets up what it needs in .venv and reuses it afterwards. PYTHON=… names the interpreter to start from.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEPS := $(VENV)/.dependencies
+BUILD := $(VENV)/.built
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+RESULTS := benchmarks/results/cpu.json
+
+.PHONY: help demo test bench readme lint format clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+demo: $(BUILD)  ## train a small CNN on handwritten digits: without SE, with plain SE, with se_ext
+	$(BIN)/python -m examples.digits $(ARGS)
+
+test: $(BUILD)  ## every test
+	SE_EXT_REQUIRE_BUILD_TREE=1 $(BIN)/python -m pytest $(ARGS)
+
+bench: $(BUILD)  ## time se_ext against eager and torch.compile on every real SE block; needs a quiet machine
+	$(BIN)/python benchmarks/run.py --out $(RESULTS) $(ARGS)
+	$(MAKE) readme
+
+readme: $(BUILD)  ## write the benchmark's table and pictures from its results file
+	$(BIN)/python benchmarks/report.py $(RESULTS) --readme README.md --plots benchmarks/results
+
+lint: $(BUILD)  ## ruff, clang-format, mypy, and the README's table against its results file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+	$(BIN)/python benchmarks/report.py $(RESULTS) --readme README.md --check
+
+format: $(DEPS)  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:  ## remove what make made, the virtual environment included
+	rm -rf $(VENV) build demo_out *.egg-info se_ext/*.so se_ext/_build.py
+
+$(DEPS): requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(BUILD): $(DEPS) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
