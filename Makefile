@@ -46,6 +46,8 @@ $(DEPS): requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# In place and incremental; `pip install --editable` would compile everything anew at every change.
 $(BUILD): $(DEPS) $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@echo $(CURDIR) > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/se_ext.pth
 	@touch $@

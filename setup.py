@@ -4,9 +4,12 @@ The CPU kernels are compiled once per instruction set, each as a small static li
 one at run time. Metadata is in pyproject.toml.
 """
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
@@ -44,6 +47,14 @@ def kernel_library(name: str, flags: list[str]) -> tuple[str, dict]:
     }
 
 
+class BuildKernels(build_clib):
+    """Compiles the instruction sets side by side: each is one long translation unit."""
+
+    def build_libraries(self, libraries: list[tuple[str, dict]]) -> None:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(lambda library: super(BuildKernels, self).build_libraries([library]), libraries))
+
+
 class Build(BuildExtension):
     """Builds the kernels first, links _C against libse_ext, and records the torch version built against."""
 
@@ -53,9 +64,7 @@ class Build(BuildExtension):
         packages = [Path(self.build_lib, "se_ext")] + ([ROOT / "se_ext"] if self.inplace or self.editable_mode else [])
         for package in packages:
             package.mkdir(parents=True, exist_ok=True)
-            (package / "_build.py").write_text(
-                f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
-            )
+            (package / "_build.py").write_text(f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n')
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "se_ext._C":
@@ -64,8 +73,6 @@ class Build(BuildExtension):
 
 
 def extensions() -> list[Extension]:
-    import pybind11
-
     ops = CppExtension(
         "se_ext.libse_ext",
         sources(".", "cpu"),
@@ -92,5 +99,5 @@ def extensions() -> list[Extension]:
 setup(
     libraries=[kernel_library(name, flags) for name, flags in INSTRUCTION_SETS.items()],
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "build_clib": build_clib},
+    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "build_clib": BuildKernels},
 )

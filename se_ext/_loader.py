@@ -24,4 +24,4 @@ def load() -> None:
     except ImportError as error:
         raise ImportError(f"se_ext has not been built in {PACKAGE}; {REBUILD}") from error
     check_torch_version(_build.TORCH_VERSION, torch.__version__)
-    torch.ops.load_library(LIBRARY)
+    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -23,6 +24,16 @@ def pytest_configure(config: pytest.Config) -> None:
     required = os.environ.get("SE_EXT_REQUIRE_ISA")
     if required and _C.cpu_capability() != required:
         raise pytest.UsageError(f"SE_EXT_REQUIRE_ISA={required}, but {_C.cpu_capability()} kernels are in use")
+    config.addinivalue_line("markers", "slow: needs gigabytes or minutes; runs where SE_EXT_SLOW=1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests run on request."""
+    if os.environ.get("SE_EXT_SLOW") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; set SE_EXT_SLOW=1 to run it"))
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +107,50 @@ def make_weights(
 def to_float64(t: torch.Tensor | None) -> torch.Tensor | None:
     """A float64 leaf with the same value: an input of the oracle."""
     return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the oracle: its tiny matrix products, spread over threads, would take most of the tests' time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_against_float64(
+    fused: Callable[..., torch.Tensor],
+    plain: Callable[..., torch.Tensor],
+    tensors: list[torch.Tensor | None],
+    summed: tuple[int, int],
+    grad: torch.Tensor | None = None,
+) -> None:
+    """fused(*tensors) against plain(*tensors) in float64: the value, and the gradient of every tensor that wants one.
+
+    The first tensor's dtype is the result's. `summed`: the longest sums in forward and in backward, for `tolerance`.
+    `grad`: dL/dy, random unless given.
+    """
+    dtype = tensors[0].dtype
+    exact_tensors = [to_float64(t) for t in tensors]
+    y = fused(*tensors)
+    with one_thread():
+        exact = plain(*exact_tensors)
+    assert y.dtype is dtype
+    assert_close(y, exact, dtype, summed[0])
+    wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+    if not wanted:
+        assert not y.requires_grad
+        return
+    if grad is None:
+        grad = torch.randn_like(y, dtype=torch.float64).to(dtype)
+    grads = torch.autograd.grad(y, [tensors[i] for i in wanted], grad)
+    with one_thread():
+        exact_grads = torch.autograd.grad(exact, [exact_tensors[i] for i in wanted], grad.double())
+    for i, actual, exact_grad in zip(wanted, grads, exact_grads, strict=True):
+        assert actual.dtype is tensors[i].dtype, f"gradient {i}"
+        try:
+            assert_close(actual, exact_grad, dtype, summed[1])
+        except AssertionError as error:
+            raise AssertionError(f"gradient of tensor {i}: {error}") from None

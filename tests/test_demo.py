@@ -57,7 +57,8 @@ def test_results_hold_three_variants_with_their_parameters(demo_run):
         "SE, plain PyTorch": expected_parameters(with_se=True),
         "SE, se_ext": expected_parameters(with_se=True),
     }
-    assert results["seeds"] == [0] and results["epochs"] == 2
+    assert results["seeds"] == [0]
+    assert results["epochs"] == 2
     for row in results["variants"].values():
         assert row["test_accuracy_mean"] > 0.8  # guessing gives 0.1
         assert row["epoch_ms_median"] > 0

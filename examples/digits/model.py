@@ -59,9 +59,7 @@ class Block(nn.Module):
             nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
             nn.BatchNorm2d(channels),
         )
-        self.shortcut = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-        )
+        self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
         self.tail = TAILS[variant](channels, channels // REDUCTION)
 
     def forward(self, x: Tensor) -> Tensor:

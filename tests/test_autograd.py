@@ -1,0 +1,507 @@
+"""Autograd: first, second and third derivatives, forward mode, and a clear error where there is no derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwad
+from conftest import ACTIVATIONS, GATES, assert_close, make_map, make_weights
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import se_ext
+from se_ext import reference
+
+F64 = torch.float64
+N, C, M = 2, 5, 3
+# Where an activation's slope jumps: finite differences across one of these are no derivative.
+KINKS = {
+    "relu": (0.0,),
+    "relu6": (0.0, 6.0),
+    "leaky_relu": (0.0,),
+    "hardswish": (-3.0, 3.0),
+    "hardsigmoid": (-3.0, 3.0),
+}
+MARGIN = 1e-3  # gradcheck moves an input by 1e-6
+
+
+def is_smooth(activation: str, v: Tensor) -> bool:
+    return all(bool(((v - kink).abs() > MARGIN).all()) for kink in KINKS.get(activation, ()))
+
+
+def pre_activations(args: list[Any], activation: str, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What enters the activation, the gate and the post-activation, by the reference."""
+    x, w1, b1, w2, b2, residual = args
+    z = reference.squeeze(x) if x.dim() > 2 else x
+    hidden = reference.excite(z, w1, b1, torch.eye(len(w1), dtype=F64), None, "identity", "identity")
+    t = reference.excite(z, w1, b1, w2, b2, activation, "identity")
+    if x.dim() == 2:
+        return hidden, t, t
+    return hidden, t, reference.rescale(x, reference.GATES[gate](t), residual)
+
+
+def smooth_block(
+    activation: str = "silu",
+    gate: str = "sigmoid",
+    post: str = "identity",
+    residual: bool = False,
+    spatial: tuple[int, ...] = (3, 2),
+    channels_last: bool = False,
+    bias: bool = True,
+    spread: float = 1.0,
+) -> list[Any]:
+    """Float64 leaves x, w1, b1, w2, b2, residual on which every named activation is smooth, and both sides of its
+    kinks occur where the data spread over them."""
+    for _ in range(100):
+        shape = (N, C, *spatial)
+        x = make_map(shape, F64, channels_last) * spread
+        args = [x, *make_weights(C, M, F64, bias), make_map(shape, F64, channels_last) * spread if residual else None]
+        entering = pre_activations(args, activation, gate)
+        if all(map(is_smooth, (activation, gate, post), entering)):
+            return [a if a is None else a.requires_grad_() for a in args]
+    raise AssertionError("no data away from the kinks in 100 draws")
+
+
+def block(activation: str = "silu", gate: str = "sigmoid", post: str = "identity", library: Any = se_ext) -> Callable:
+    def f(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None) -> Tensor:
+        return library.squeeze_excite(x, w1, b1, w2, b2, activation, gate, residual, post)
+
+    return f
+
+
+def check_both(f: Callable, args: tuple[Any, ...]) -> None:
+    assert gradcheck(f, args)
+    assert gradgradcheck(f, args, gen_non_contig_grad_outputs=True)
+
+
+# ---- first and second derivatives against finite differences ----
+
+
+@pytest.mark.parametrize("spatial", [(4,), (3, 2), (2, 1, 3)], ids=["1d", "2d", "3d"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_squeeze(spatial: tuple[int, ...], channels_last: bool) -> None:
+    check_both(se_ext.squeeze, (make_map((N, C, *spatial), F64, channels_last, requires_grad=True),))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_excite_activation(activation: str, bias: bool) -> None:
+    z, *w, _ = smooth_block(activation, spatial=(1,), bias=bias, spread=4.0)
+    z = z.detach().flatten(1).requires_grad_()
+    check_both(lambda *a: se_ext.excite(*a, activation, "tanh"), (z, *w))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_excite_gate(gate: str) -> None:
+    z, *w, _ = smooth_block(gate=gate, spatial=(1,), spread=8.0)
+    z = z.detach().flatten(1).requires_grad_()
+    check_both(lambda *a: se_ext.excite(*a, "tanh", gate), (z, *w))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("post", ACTIVATIONS)
+def test_rescale_post_activation(post: str, channels_last: bool, residual: bool) -> None:
+    x, *_, r = smooth_block(gate="identity", post=post, residual=residual, channels_last=channels_last, spread=3.0)
+    for _ in range(100):
+        s = torch.randn(N, C, dtype=F64)
+        if is_smooth(post, reference.rescale(x, s, r)):
+            break
+    check_both(lambda x, s, r: se_ext.rescale(x, s, r, post), (x, s.requires_grad_(), r))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_squeeze_excite_activation(activation: str) -> None:
+    check_both(block(activation), tuple(smooth_block(activation, spread=2.0)))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_squeeze_excite_gate(gate: str) -> None:
+    check_both(block(gate=gate), tuple(smooth_block(gate=gate, spread=3.0, channels_last=True)))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("post", ACTIVATIONS)
+def test_squeeze_excite_post_activation(post: str, channels_last: bool, residual: bool) -> None:
+    args = smooth_block(post=post, residual=residual, channels_last=channels_last, spread=4.0, spatial=(2, 2))
+    check_both(block(post=post), tuple(args))
+
+
+@pytest.mark.parametrize("spatial", [(4,), (2, 1, 3), (1, 1)], ids=["1d", "3d", "one point"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_squeeze_excite_spatial_dims_and_bias(spatial: tuple[int, ...], bias: bool) -> None:
+    args = smooth_block("tanh", spatial=spatial, bias=bias, residual=True, channels_last=True)
+    check_both(block("tanh"), tuple(args))
+
+
+# ---- against the reference: what finite differences do not reach ----
+
+
+def leaves(args: list[Any]) -> list[Any]:
+    return [a if a is None else a.detach().clone().requires_grad_(a.requires_grad) for a in args]
+
+
+def assert_same(ours: list[Tensor | None], theirs: list[Tensor | None], summed: int = 1_000_000) -> None:
+    """Derivatives of higher order chain many float64 sums whose terms cancel: a generous length bounds their rounding
+    (the allowance is 1e-12; a path missed or counted twice is an error near 1)."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert b.abs().max() > 0
+            assert_close(a, b, F64, summed)
+
+
+@pytest.mark.parametrize(
+    ("activation", "gate", "post", "residual"),
+    [
+        ("silu", "sigmoid", "identity", False),
+        ("gelu", "tanh", "tanh", True),
+        ("sigmoid", "sigmoid", "silu", True),
+        ("tanh", "hardsigmoid", "sigmoid", False),
+        ("silu", "sigmoid", "relu", True),
+    ],
+)
+def test_third_derivatives_match_the_reference(activation: str, gate: str, post: str, residual: bool) -> None:
+    args = smooth_block(activation, gate, post, residual)
+
+    def third(library: Any) -> list[Tensor | None]:
+        inputs = [a for a in leaves(args) if a is not None]
+        given = iter(inputs)
+        full = [None if a is None else next(given) for a in args]
+        y = block(activation, gate, post, library)(*full).square().sum()
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            grads = torch.autograd.grad(y, inputs, create_graph=True)
+            y = sum((g * torch.randn_like(g)).sum() for g in grads)
+        return list(torch.autograd.grad(y, inputs))
+
+    assert_same(third(se_ext), third(reference))
+
+
+@pytest.mark.parametrize("penalised", ["input", "weights"])
+def test_gradient_penalty_training_step(penalised: str) -> None:
+    """The loss holds a gradient's norm (as in WGAN-GP): its backward is a double backward through the block."""
+    args = smooth_block("relu", post="relu", residual=True)
+    conv = torch.randn(C, C, 3, 3, dtype=F64) / 7
+
+    def step(library: Any) -> list[Tensor | None]:
+        x, w1, b1, w2, b2, r = leaves(args)
+        kernel = conv.clone().requires_grad_()
+        y = block("relu", post="relu", library=library)(
+            torch.nn.functional.conv2d(x, kernel, padding=1).tanh(), w1, b1, w2, b2, r
+        )
+        loss = y.square().mean()
+        of = [x] if penalised == "input" else [w1, b1, w2, b2, kernel]
+        grads = torch.autograd.grad(loss, of, create_graph=True)
+        (loss + sum((g.norm() - 1) ** 2 for g in grads)).backward()
+        return [t.grad for t in (x, w1, b1, w2, b2, r, kernel)]
+
+    assert_same(step(se_ext), step(reference))
+
+
+@pytest.mark.parametrize("post", ["identity", "tanh", "silu"])
+def test_weights_computed_from_the_input_are_not_counted_twice(post: str) -> None:
+    """w1 = f(x), residual = h(x): a second derivative that reached x through w1 inside the backward formula as well as
+    outside it would be too large."""
+    args = smooth_block(post=post)
+    mix = torch.randn(M, N, dtype=F64)
+
+    def derivatives(library: Any) -> list[Tensor | None]:
+        x, _, b1, w2, b2, _ = leaves(args)
+        w1 = (mix @ x.mean((2, 3))).tanh()
+        y = library.squeeze_excite(x, w1, b1, w2, b2, "silu", "sigmoid", x.sin(), post)
+        first = torch.autograd.grad(y.square().sum(), [x, b1, w2, b2], create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), [x, b1, w2, b2], create_graph=True)
+        third = torch.autograd.grad(sum(g.sin().sum() for g in second), [x, b1, w2, b2])
+        return [*first, *second, *third]
+
+    assert_same(derivatives(se_ext), derivatives(reference))
+
+
+@pytest.mark.parametrize("post", ["identity", "relu", "silu"])
+def test_one_tensor_in_two_places(post: str) -> None:
+    """The input as its own residual, the squeezed map as a scale, one matrix as both layers."""
+    x0 = make_map((N, C, 3, 2), F64)
+    w0 = torch.randn(C, C, dtype=F64)
+
+    def derivatives(library: Any) -> list[Tensor | None]:
+        x, w = x0.clone().requires_grad_(), w0.clone().requires_grad_()
+        y = library.squeeze_excite(x, w, None, w, None, "tanh", "sigmoid", x, post)
+        y = y + library.rescale(x, library.squeeze(x), x, post)
+        first = torch.autograd.grad(y.square().sum(), [x, w], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, w])
+        return [*first, *second]
+
+    assert_same(derivatives(se_ext), derivatives(reference))
+
+
+def test_a_chain_of_the_three_ops_has_the_derivatives_of_the_one() -> None:
+    args = smooth_block(post="silu", residual=True)
+
+    def derivatives(fused: bool) -> list[Tensor | None]:
+        x, w1, b1, w2, b2, r = inputs = leaves(args)
+        if fused:
+            y = block(post="silu")(*inputs)
+        else:
+            y = se_ext.rescale(x, se_ext.excite(se_ext.squeeze(x), w1, b1, w2, b2, "silu"), r, "silu")
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        return [*first, *second]
+
+    assert_same(derivatives(True), derivatives(False))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (5,), (0, 3), (1, 5), (2, 4, 5)], ids=str)
+@pytest.mark.parametrize("post", ["identity", "relu", "gelu"])
+def test_any_subset_of_the_inputs_can_require_grad(post: str, wanted: tuple[int, ...]) -> None:
+    """Gradients go to the arguments they belong to, and only those that were asked for come."""
+    args = [a.detach() for a in smooth_block(post=post, residual=True)]
+
+    def grads(library: Any, second: bool) -> list[Tensor | None]:
+        inputs = [a.clone().requires_grad_(i in wanted) for i, a in enumerate(args)]
+        y = block(post=post, library=library)(*inputs)
+        if second:
+            (y,) = torch.autograd.grad(y.square().sum(), inputs[wanted[0]], create_graph=True)
+        y.square().sum().backward()
+        assert all(a.grad is None for i, a in enumerate(inputs) if i not in wanted)
+        return [inputs[i].grad for i in wanted]
+
+    assert_same(grads(se_ext, False), grads(reference, False))
+    if wanted[0] < 5 or post != "identity":  # an identity's residual has no second derivative of its own
+        assert_same(grads(se_ext, True), grads(reference, True))
+
+
+@pytest.mark.parametrize("bias", [(True, False), (False, True)], ids=["b1 only", "b2 only"])
+def test_one_bias_alone(bias: tuple[bool, bool]) -> None:
+    x, w1, b1, w2, b2, _ = smooth_block()
+
+    def grads(library: Any) -> list[Tensor | None]:
+        inputs = leaves([x, w1, b1 if bias[0] else None, w2, b2 if bias[1] else None, None])
+        z = library.squeeze(inputs[0])
+        y = block(library=library)(*inputs).square().sum() + library.excite(z, *inputs[1:5]).sin().sum()
+        given = [a for a in inputs if a is not None]
+        first = torch.autograd.grad(y, given, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), given)]
+
+    assert_same(grads(se_ext), grads(reference))
+
+
+def test_weights_of_four_dims_get_gradients_of_four_dims() -> None:
+    x, w1, b1, w2, b2, _ = smooth_block()
+    flat = torch.autograd.grad(block()(x, w1, b1, w2, b2, None).square().sum(), [w1, w2], create_graph=True)
+    flat2 = torch.autograd.grad(sum(g.square().sum() for g in flat), [w1, w2])
+    k1, k2 = (w.detach()[:, :, None, None].requires_grad_() for w in (w1, w2))
+    kernel = torch.autograd.grad(block()(x, k1, b1, k2, b2, None).square().sum(), [k1, k2], create_graph=True)
+    kernel2 = torch.autograd.grad(sum(g.square().sum() for g in kernel), [k1, k2])
+    for a, b in zip([*kernel, *kernel2], [*flat, *flat2], strict=True):
+        assert a.shape == (*b.shape, 1, 1)
+        assert_close(a.flatten(1), b, F64, 100)
+
+
+def test_backward_twice_through_one_graph_gives_the_same_bits() -> None:
+    args = smooth_block(post="relu", residual=True)
+    y = block(post="relu")(*args)
+    first = torch.autograd.grad(y.square().sum(), args, retain_graph=True)
+    again = torch.autograd.grad(y.square().sum(), args, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(a.abs().max() > 0 for a in first)
+    y.square().sum().backward()
+    y_ = block(post="relu")(*args).square().sum()
+    y_.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y_.backward()
+    assert all(torch.allclose(t.grad, 2 * a) for t, a in zip(args, first, strict=True))
+
+
+def test_a_gradient_expanded_or_strided_is_read_right() -> None:
+    x, *rest = smooth_block(post="tanh", residual=True)
+    for grad in (
+        torch.ones((), dtype=F64).expand(x.shape),
+        torch.randn(N, 1, 3, 2, dtype=F64).expand(x.shape),
+        torch.randn(2, 3, C, N, dtype=F64).permute(3, 2, 1, 0),
+        make_map(tuple(x.shape), F64, channels_last=True),
+    ):
+        ours = torch.autograd.grad(block(post="tanh")(x, *rest), [x, *rest], grad)
+        theirs = torch.autograd.grad(block(post="tanh", library=reference)(x, *rest), [x, *rest], grad)
+        assert_same(list(ours), list(theirs))
+
+
+def test_batched_gradients_match_one_by_one() -> None:
+    """is_grads_batched runs the backward ops under vmap."""
+    args = smooth_block(post="relu", residual=True)
+    grads = torch.randn(3, N, C, 3, 2, dtype=F64)
+    y = block(post="relu")(*args)
+    batched = torch.autograd.grad(y, args, grads, is_grads_batched=True, retain_graph=True)
+    for i, g in enumerate(grads):
+        for b, one in zip(batched, torch.autograd.grad(y, args, g, retain_graph=True), strict=True):
+            assert_close(b[i], one, F64, 100)
+    x, s = args[0], torch.randn(N, C, dtype=F64, requires_grad=True)
+    for y, inputs in ((se_ext.rescale(x, s), [x]), (se_ext.rescale(x, s), [s]), (se_ext.squeeze(x), [x])):
+        grads = torch.randn(3, *y.shape, dtype=F64)
+        batched = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+        for i, g in enumerate(grads):
+            assert_close(batched[0][i], torch.autograd.grad(y, inputs, g, retain_graph=True)[0], F64, 100)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_jacobian_and_hessian(vectorize: bool) -> None:
+    x, *w, _ = smooth_block(spatial=(2,))
+    w = [t.detach() for t in w]
+
+    def value(library: Any) -> Callable:
+        return lambda x: library.squeeze_excite(x, *w, "silu")
+
+    def loss(library: Any) -> Callable:
+        return lambda x: value(library)(x).square().sum()
+
+    for transform, f in ((torch.autograd.functional.jacobian, value), (torch.autograd.functional.hessian, loss)):
+        ours = transform(f(se_ext), x.detach(), vectorize=vectorize)
+        assert_same([ours], [transform(f(reference), x.detach())])
+
+
+# ---- forward mode ----
+
+
+def tangent(f: Callable, args: list[Any], moved: tuple[int, ...]) -> Tensor | None:
+    with fwad.dual_level():
+        duals = list(args)
+        for i in moved:
+            torch.manual_seed(i)
+            duals[i] = fwad.make_dual(args[i], torch.randn_like(args[i]))
+        return fwad.unpack_dual(f(*duals)).tangent
+
+
+OPS: dict[str, tuple[Callable[[Any], Callable], int]] = {
+    "squeeze": (lambda library: lambda x, *_: library.squeeze(x), 1),
+    "excite": (lambda library: lambda x, *w: library.excite(x[:, :, 0, 0], *w[:4], "gelu", "tanh"), 5),
+    "rescale": (lambda library: lambda x, w1, b1, w2, b2, r: library.rescale(x, r[:, :, 0, 0], r, "gelu"), 6),
+    "squeeze_excite": (lambda library: block("gelu", "sigmoid", "tanh", library), 6),
+}
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_matches_the_reference(op: str, recorded: bool) -> None:
+    make, count = OPS[op]
+    args = [a.requires_grad_(recorded) for a in leaves(smooth_block("silu", post="tanh", residual=True))]
+    moved = [i for i in range(count) if op != "rescale" or i in (0, 5)]
+    for which in [(i,) for i in moved] + [tuple(moved)]:
+        ours, theirs = (tangent(make(library), args, which) for library in (se_ext, reference))
+        assert ours is not None, "a silent zero"
+        assert_same([ours.detach()], [theirs.detach()])
+
+
+def test_forward_over_reverse_matches_the_reference() -> None:
+    """A Hessian-vector product: dual inputs through forward and backward."""
+    args = smooth_block(post="tanh", residual=True)
+
+    def product(library: Any) -> list[Tensor | None]:
+        with fwad.dual_level():
+            duals = [fwad.make_dual(a, torch.full_like(a, 0.3)) for a in leaves(args)]
+            grads = torch.autograd.grad(block("gelu", post="tanh", library=library)(*duals).square().sum(), duals)
+            return [fwad.unpack_dual(g).tangent for g in grads]
+
+    assert_same(product(se_ext), product(reference))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_dual_gradient_goes_through_backward(op: str) -> None:
+    """Only the incoming gradient is dual, and no graph is made of backward: its tangent must come through all the
+    same, never a silent zero."""
+    make, _ = OPS[op]
+    args = smooth_block("silu", post="tanh", residual=True)
+
+    def tangents(library: Any) -> list[Tensor | None]:
+        inputs = leaves(args)
+        y = make(library)(*inputs)
+        with fwad.dual_level():
+            torch.manual_seed(5)
+            grad = fwad.make_dual(torch.randn_like(y), torch.randn_like(y))
+            grads = torch.autograd.grad(y, inputs, grad, allow_unused=True)
+            return [None if g is None else fwad.unpack_dual(g).tangent for g in grads]
+
+    assert_same(tangents(se_ext), tangents(reference))
+
+
+@pytest.mark.parametrize("op", ["rescale_", "squeeze_excite_"])
+@pytest.mark.parametrize("dual", ["input", "weight"])
+def test_an_in_place_op_on_dual_tensors_is_right_or_raises(op: str, dual: str) -> None:
+    x, w1, _, w2, _, _ = (a if a is None else a.detach() for a in smooth_block())
+    small = [torch.full((N, C), 2.0, dtype=F64)] if op == "rescale_" else [w1, None, w2, None]
+
+    def run(write: bool) -> Tensor | None:
+        with fwad.dual_level():
+            input, first = x.clone(), small[0]
+            if dual == "input":
+                input = fwad.make_dual(input, x.sin())
+            else:
+                first = fwad.make_dual(first, first.sin() + 1)
+            f = getattr(torch.ops.se_ext, op if write else op.rstrip("_"))
+            return fwad.unpack_dual(f(input, first, *small[1:])).tangent
+
+    expected = run(write=False)
+    try:
+        got = run(write=True)
+    except (RuntimeError, NotImplementedError):
+        return
+    assert got is not None, "a silent zero"
+    assert_same([got], [expected])
+
+
+# ---- no derivative: an error, never a silent zero ----
+
+
+@pytest.mark.parametrize("name", ["_excite_forward", "_squeeze_excite_forward"])
+def test_the_forward_ops_for_autograd_have_no_derivative(name: str) -> None:
+    x, *w, _ = smooth_block()
+
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        if name == "_excite_forward":
+            return torch.ops.se_ext._excite_forward(x[:, :, 0, 0], *w, "relu", "sigmoid")
+        return torch.ops.se_ext._squeeze_excite_forward(x, *w, "relu", "sigmoid", None, "identity")
+
+    for y in forward(x):
+        assert y.requires_grad
+        with pytest.raises(RuntimeError, match=f"derivative for se_ext::{name} is not implemented"):
+            y.sum().backward(retain_graph=True)
+    with fwad.dual_level():
+        dual = fwad.make_dual(x, x.cos())
+        with pytest.raises(NotImplementedError, match=f"forward AD with se_ext::{name}"):
+            forward(dual)
+
+
+@pytest.mark.parametrize("op", ["rescale_", "squeeze_excite_"])
+@pytest.mark.parametrize("saved_by", ["exp", "squeeze_excite", "rescale"])
+def test_overwriting_what_autograd_saved_makes_backward_raise(op: str, saved_by: str) -> None:
+    x, w1, b1, w2, b2, _ = smooth_block()
+    if saved_by == "exp":
+        saved = y = x.exp()
+    elif saved_by == "rescale":
+        saved = x.detach().clone()
+        y = se_ext.rescale(saved, torch.randn(N, C, dtype=F64, requires_grad=True))
+    else:
+        saved = x.detach().clone()
+        y = se_ext.squeeze_excite(saved, w1, b1, w2, b2)
+    with torch.no_grad():
+        if op == "rescale_":
+            returned = torch.ops.se_ext.rescale_(saved, torch.ones(N, C, dtype=F64))
+        else:
+            returned = se_ext.squeeze_excite(saved, w1, b1, w2, b2, inplace=True)
+    assert returned is saved
+    assert saved._version == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_overwriting_a_saved_output_makes_backward_raise() -> None:
+    """relu with a residual keeps the output for its mask."""
+    args = smooth_block(post="relu", residual=True)
+    y = block(post="relu")(*args)
+    with torch.no_grad():
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
