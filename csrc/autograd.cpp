@@ -34,6 +34,11 @@ bool has_tangent(const OptionalTensor& t) {
 }
 
 template <class... T>
+bool has_tangents(const T&... tensors) {
+  return (has_tangent(tensors) || ...);
+}
+
+template <class... T>
 bool is_recorded(const T&... tensors) {
   return c10::GradMode::is_enabled() && (requires_grad(tensors) || ...);
 }
@@ -53,7 +58,7 @@ bool has_kernels(const Tensor& input) {
 // Forward-mode AD, and devices without kernels, go through the plain formula.
 template <class... T>
 bool needs_formula(const Tensor& input, const T&... others) {
-  return has_tangent(input) || (has_tangent(others) || ...) || !has_kernels(input);
+  return has_tangents(input, others...) || !has_kernels(input);
 }
 
 OptionalTensor optional(const Tensor& t) {
@@ -177,6 +182,7 @@ struct SqueezeExcite : torch::autograd::Function<SqueezeExcite> {
 // ---- the kernels at the Autograd key: formula, recorded, or straight through ----
 
 Tensor squeeze(const Tensor& input) {
+  checks::placement("squeeze", {{"input", input}});
   if (needs_formula(input)) return composite::squeeze(input);
   if (is_recorded(input)) return Squeeze::apply(input);
   at::AutoDispatchBelowADInplaceOrView below;
@@ -185,6 +191,7 @@ Tensor squeeze(const Tensor& input) {
 
 Tensor excite(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
               std::string_view activation, std::string_view gate) {
+  checks::placement("excite", {{"z", z}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}});
   if (needs_formula(z, w1, b1, w2, b2)) return composite::excite(z, w1, b1, w2, b2, activation, gate);
   if (is_recorded(z, w1, b1, w2, b2)) return Excite::apply(z, w1, b1, w2, b2, activation, gate);
   at::AutoDispatchBelowADInplaceOrView below;
@@ -193,6 +200,7 @@ Tensor excite(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const
 
 Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& residual,
                std::string_view post_activation) {
+  checks::placement("rescale", {{"input", input}, {"scale", scale}, {"residual", residual}});
   if (needs_formula(input, scale, residual)) return composite::rescale(input, scale, residual, post_activation);
   if (is_recorded(input, scale, residual)) return Rescale::apply(input, scale, residual, post_activation);
   at::AutoDispatchBelowADInplaceOrView below;
@@ -202,6 +210,8 @@ Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& r
 Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
                       const OptionalTensor& b2, std::string_view activation, std::string_view gate,
                       const OptionalTensor& residual, std::string_view post_activation) {
+  checks::placement("squeeze_excite",
+                    {{"input", input}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"residual", residual}});
   if (needs_formula(input, w1, b1, w2, b2, residual)) {
     return composite::squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
   }
@@ -213,7 +223,8 @@ Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTenso
 }
 
 Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
-  checks::in_place("rescale_", input, {&scale}, {&residual});
+  checks::placement("rescale_", {{"input", input}, {"scale", scale}, {"residual", residual}});
+  checks::not_differentiated("rescale_", {{"input", input}, {"scale", scale}, {"residual", residual}});
   at::AutoDispatchBelowAutograd below;
   return ops::rescale_().call(input, scale, residual, post_activation);
 }
@@ -221,12 +232,15 @@ Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& resid
 Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
                         const OptionalTensor& b2, std::string_view activation, std::string_view gate,
                         const OptionalTensor& residual, std::string_view post_activation) {
-  checks::in_place("squeeze_excite_", input, {&w1, &w2}, {&b1, &b2, &residual});
+  checks::placement("squeeze_excite_",
+                    {{"input", input}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"residual", residual}});
+  checks::not_differentiated(
+      "squeeze_excite_", {{"input", input}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"residual", residual}});
   at::AutoDispatchBelowAutograd below;
   return ops::squeeze_excite_().call(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
 }
 
-// ---- backward: recorded means double backward, which takes the plain formula ----
+// ---- backward: where it is differentiated itself (double backward, forward over reverse), the plain formula ----
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor& grad_output, const Tensor& z,
                                                                    const Tensor& w1, const OptionalTensor& b1,
@@ -234,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor&
                                                                    const Tensor& hidden, const Tensor& scale,
                                                                    std::string_view activation, std::string_view gate,
                                                                    std::array<bool, 5> mask) {
-  if (is_recorded(grad_output, z, w1, b1, w2, b2)) {
+  if (is_recorded(grad_output, z, w1, b1, w2, b2) || has_tangents(grad_output, z, w1, b1, w2, b2)) {
     return composite::excite_backward(grad_output, z, w1, b1, w2, b2, activation, gate, mask);
   }
   at::AutoDispatchBelowADInplaceOrView below;
@@ -244,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor&
 std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
                                                     const OptionalTensor& saved, std::string_view post_activation,
                                                     std::array<bool, 3> mask) {
-  if (is_recorded(grad_output, input, scale, saved)) {
+  if (is_recorded(grad_output, input, scale, saved) || has_tangents(grad_output, input, scale, saved)) {
     return composite::rescale_backward(grad_output, input, scale, saved, post_activation, mask);
   }
   at::AutoDispatchBelowADInplaceOrView below;
@@ -255,7 +269,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
     const Tensor& grad_output, const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
     const OptionalTensor& b2, const Tensor& z, const Tensor& hidden, const Tensor& scale, const OptionalTensor& saved,
     std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 6> mask) {
-  if (is_recorded(grad_output, input, w1, b1, w2, b2, saved)) {
+  if (is_recorded(grad_output, input, w1, b1, w2, b2, saved) ||
+      has_tangents(grad_output, input, w1, b1, w2, b2, saved)) {
     return composite::squeeze_excite_backward(grad_output, input, w1, b1, w2, b2, saved, activation, gate,
                                               post_activation, mask);
   }

@@ -55,15 +55,20 @@ void floating(const char* op, const char* name, const Tensor& t) {
                    ": expected ", name, " of dtype float32, float64, bfloat16 or float16, got ", name_of(type));
 }
 
+void strided(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK_TYPE(t.defined(), op, ": expected ", name, " to be a tensor, got None");
+  TORCH_CHECK(t.layout() == c10::kStrided, op, ": expected ", name, " to be a strided tensor, got layout ", t.layout());
+}
+
 void map(const char* op, const Tensor& input) {
-  TORCH_CHECK(input.layout() == c10::kStrided, op, ": expected input to be a strided tensor, got layout ",
-              input.layout());
+  strided(op, "input", input);
   TORCH_CHECK(input.dim() >= 3 && input.dim() <= 5, op,
               ": expected input of shape [N, C, *spatial] with 1 to 3 spatial dims, got ", input.sym_sizes());
   floating(op, "input", input);
 }
 
 void device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
+  strided(op, name, t);
   TORCH_CHECK(t.device() == input.device(), op, ": expected ", name, " on device ", input.device(), ", got ",
               t.device());
 }
@@ -144,6 +149,7 @@ void squeeze(const Tensor& input) {
 }
 
 void excite(const Tensor& z, const Excitation& e) {
+  strided("excite", "z", z);
   TORCH_CHECK(z.dim() == 2, "excite: expected z of shape [N, C], got ", z.sym_sizes());
   floating("excite", "z", z);
   excitation("excite", z, e);
@@ -165,26 +171,53 @@ void squeeze_excite(const char* op, const Tensor& input, const Excitation& e, co
   tail(op, input, residual, post_activation);
 }
 
-void in_place(const char* op, const Tensor& input, std::initializer_list<const Tensor*> others,
-              std::initializer_list<const OptionalTensor*> optional_others) {
-  if (!c10::GradMode::is_enabled()) return;
-  bool requires_grad = input.requires_grad();
-  for (const Tensor* t : others) requires_grad |= t->requires_grad();
-  for (const OptionalTensor* t : optional_others) requires_grad |= t->has_value() && (*t)->requires_grad();
-  TORCH_CHECK(!requires_grad, op,
-              ": expected no argument that requires grad while grad mode is on (the op writes into input), got one; "
-              "use the op without the underscore, or torch.no_grad()");
+void placement(const char* op, Arguments arguments) {
+  const Tensor& first = *arguments.begin()->tensor;
+  for (const Argument& a : arguments) {
+    if (a.tensor) strided(op, a.name, *a.tensor);
+  }
+  for (const Argument& a : arguments) {
+    if (a.tensor) device(op, a.name, *a.tensor, first);
+  }
 }
 
-void no_overlap(const char* op, const Tensor& input, const OptionalTensor& residual) {
+void not_differentiated(const char* op, Arguments arguments) {
+  for (const Argument& a : arguments) {
+    if (!a.tensor) continue;
+    TORCH_CHECK(!(c10::GradMode::is_enabled() && a.tensor->requires_grad()), op,
+                ": expected no argument that requires grad while grad mode is on (the op writes into input), got ",
+                a.name, "; use the op without the underscore, or torch.no_grad()");
+    TORCH_CHECK(!a.tensor->_fw_grad(/*level=*/0).defined(), op,
+                ": expected no argument with a forward-mode tangent (the op writes into input), got ", a.name,
+                "; use the op without the underscore");
+  }
+}
+
+void writable(const char* op, const Tensor& input) {
   TORCH_CHECK(at::has_internal_overlap(input) != at::MemOverlap::Yes, op,
-              ": expected input whose elements do not share memory (the op writes into it), got shape ", input.sizes(),
-              " with strides ", input.strides());
+              ": expected input whose elements do not share memory (the op writes into it), got shape ",
+              input.sym_sizes(), " with strides ", input.sym_strides());
+}
+
+void apart(const char* op, const Tensor& input, const OptionalTensor& residual, Arguments others) {
   if (residual.has_value()) {
     TORCH_CHECK(at::get_overlap_status(input, *residual) != at::MemOverlapStatus::Partial, op,
                 ": expected residual to be apart from input or the same tensor (the op writes into input), got one "
                 "that overlaps it in part");
   }
+  for (const Argument& a : others) {
+    if (!a.tensor) continue;
+    const auto status = at::get_overlap_status(input, *a.tensor);
+    TORCH_CHECK(status != at::MemOverlapStatus::Partial && status != at::MemOverlapStatus::Full, op, ": expected ",
+                a.name, " to be apart from input (the op writes into it), got one that overlaps it");
+  }
+}
+
+void saved(const char* op, const char* name, const Tensor& tensor, const c10::SymInt& rows, const c10::SymInt& columns,
+           at::ScalarType type) {
+  strided(op, name, tensor);
+  dtype(op, name, tensor, type);
+  shape(op, name, tensor, {rows, columns});
 }
 
 void same_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string_view>
 
@@ -30,12 +31,29 @@ void rescale(const char* op, const at::Tensor& input, const at::Tensor& scale, c
 void squeeze_excite(const char* op, const at::Tensor& input, const Excitation& e, const OptionalTensor& residual,
                     std::string_view post_activation);
 
-// For the in-place ops: nothing may be recorded for autograd, and input's elements may not share memory.
-void in_place(const char* op, const at::Tensor& input, std::initializer_list<const at::Tensor*> others,
-              std::initializer_list<const OptionalTensor*> optional_others);
-void no_overlap(const char* op, const at::Tensor& input, const OptionalTensor& residual);
+// A tensor argument by its name; nothing is asked of one that is absent.
+struct Argument {
+  const char* name;
+  const at::Tensor* tensor;
 
-// For the backward ops, which autograd calls: `like` names the shape that grad must have.
+  Argument(const char* name_, const at::Tensor& t) : name(name_), tensor(&t) {}
+  Argument(const char* name_, const OptionalTensor& t) : name(name_), tensor(t.has_value() ? &*t : nullptr) {}
+};
+using Arguments = std::initializer_list<Argument>;
+
+// That the arguments are strided tensors on one device, that of the first. The checks above ask it too; the kernels at
+// the Autograd key ask before anything else, because a fake tensor's device is seen there alone.
+void placement(const char* op, Arguments arguments);
+
+// For the in-place ops: nothing may be recorded for autograd or carry a forward-mode tangent, input's elements may not
+// share memory, and the other arguments may not lie in it (the residual may be input itself).
+void not_differentiated(const char* op, Arguments arguments);
+void writable(const char* op, const at::Tensor& input);
+void apart(const char* op, const at::Tensor& input, const OptionalTensor& residual, Arguments others);
+
+// For the backward ops, which autograd calls: grad_output and what forward saved.
 void same_shape(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like);
+void saved(const char* op, const char* name, const at::Tensor& tensor, const c10::SymInt& rows,
+           const c10::SymInt& columns, at::ScalarType type);
 
 }  // namespace se_ext::checks

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "allocate.h"
+#include "autocast.h"
 #include "names.h"
 
 namespace se_ext::composite {
@@ -100,9 +101,15 @@ OptionalTensor stand_in(const OptionalTensor& t) {
   return t.has_value() ? OptionalTensor(stand_in(*t)) : t;
 }
 
+// Recording is needed to differentiate the formula anew, whether or not the result is recorded in turn.
+struct Recording {
+  bool result = c10::GradMode::is_enabled();
+  c10::AutoGradMode on{true};
+};
+
 // d(output)/d(inputs) applied to grad; undefined where not wanted or absent.
-std::vector<Tensor> gradients(const Tensor& output, const Tensor& grad, const std::vector<OptionalTensor>& inputs,
-                              const std::vector<bool>& wanted) {
+std::vector<Tensor> gradients(const Recording& recording, const Tensor& output, const Tensor& grad,
+                              const std::vector<OptionalTensor>& inputs, const std::vector<bool>& wanted) {
   torch::autograd::variable_list to;
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (wanted[i] && inputs[i].has_value()) to.push_back(*inputs[i]);
@@ -110,7 +117,7 @@ std::vector<Tensor> gradients(const Tensor& output, const Tensor& grad, const st
   std::vector<Tensor> result(inputs.size());
   if (to.empty()) return result;
   const auto found = torch::autograd::grad({output}, to, {grad.to(output.scalar_type())}, /*retain_graph=*/true,
-                                           /*create_graph=*/true);
+                                           /*create_graph=*/recording.result);
   size_t next = 0;
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (wanted[i] && inputs[i].has_value()) result[i] = found[next++];
@@ -121,20 +128,24 @@ std::vector<Tensor> gradients(const Tensor& output, const Tensor& grad, const st
 // Backward of y = post(weigh(x, s, residual)), s a function of `inputs` (x first among them), in the terms of
 // `saved`. Returns the gradients of `inputs` and, last, of the residual.
 template <class Scale>
-std::vector<Tensor> tail_backward(const Tensor& grad, const Tensor& x, const Scale& scale, const OptionalTensor& saved,
-                                  Activation post, std::vector<OptionalTensor> inputs, std::vector<bool> wanted) {
-  const bool want_residual = wanted.back();
+std::vector<Tensor> tail_backward(const Recording& recording, const Tensor& grad, const Tensor& x, const Scale& scale,
+                                  const OptionalTensor& saved, Activation post, std::vector<OptionalTensor> inputs,
+                                  std::vector<bool> wanted) {
   if (saved.has_value() && slope_from_output(post)) {
     const auto type = accumulation_type(x.scalar_type());
-    const Tensor gv = through_output(post, grad.to(type), saved->to(type));
+    const Tensor gv = [&] {
+      const c10::AutoGradMode as_the_result(recording.result);
+      return through_output(post, grad.to(type), saved->to(type));
+    }();
+    const bool want_residual = wanted.back();
     wanted.pop_back();
-    std::vector<Tensor> result = gradients(weigh(x, scale(), std::nullopt), gv, inputs, wanted);
+    std::vector<Tensor> result = gradients(recording, weigh(x, scale(), std::nullopt), gv, inputs, wanted);
     result.push_back(want_residual ? gv.to(x.scalar_type()) : Tensor());
     return result;
   }
   const OptionalTensor residual = stand_in(saved);
   inputs.push_back(residual);
-  return gradients(activate(post, weigh(x, scale(), residual)), grad, inputs, wanted);
+  return gradients(recording, activate(post, weigh(x, scale(), residual)), grad, inputs, wanted);
 }
 
 }  // namespace
@@ -175,9 +186,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor&
                                                                    const Tensor& w2_, const OptionalTensor& b2_,
                                                                    std::string_view activation, std::string_view gate,
                                                                    std::array<bool, 5> mask) {
+  const Recording recording;
   const Tensor z = stand_in(z_), w1 = stand_in(w1_), w2 = stand_in(w2_);
   const OptionalTensor b1 = stand_in(b1_), b2 = stand_in(b2_);
-  const auto g = gradients(excite(z, w1, b1, w2, b2, activation, gate), grad_output, {z, w1, b1, w2, b2},
+  const auto g = gradients(recording, excite(z, w1, b1, w2, b2, activation, gate), grad_output, {z, w1, b1, w2, b2},
                            std::vector<bool>(mask.begin(), mask.end()));
   return {g[0], g[1], g[2], g[3], g[4]};
 }
@@ -185,9 +197,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor&
 std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
                                                     const OptionalTensor& saved, std::string_view post_activation,
                                                     std::array<bool, 3> mask) {
+  const Recording recording;
   const Tensor x = stand_in(input), s = stand_in(scale);
   const auto g = tail_backward(
-      grad_output, x, [&] { return s; }, saved, parse_activation("rescale", "post_activation", post_activation), {x, s},
+      recording, grad_output, x, [&] { return s; }, saved,
+      parse_activation("rescale", "post_activation", post_activation), {x, s},
       std::vector<bool>(mask.begin(), mask.end()));
   return {g[0], g[1], g[2]};
 }
@@ -197,14 +211,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
     const OptionalTensor& b2_, const OptionalTensor& saved, std::string_view activation, std::string_view gate,
     std::string_view post_activation, std::array<bool, 6> mask) {
   const char* op = "squeeze_excite";
+  const Recording recording;
   const Tensor x = stand_in(input), w1 = stand_in(w1_), w2 = stand_in(w2_);
   const OptionalTensor b1 = stand_in(b1_), b2 = stand_in(b2_);
   const auto scale = [&] {
     return scales(spatial_mean(x), w1, b1, w2, b2, parse_activation(op, "activation", activation),
                   parse_gate(op, gate));
   };
-  const auto g = tail_backward(grad_output, x, scale, saved, parse_activation(op, "post_activation", post_activation),
-                               {x, w1, b1, w2, b2}, std::vector<bool>(mask.begin(), mask.end()));
+  const auto g =
+      tail_backward(recording, grad_output, x, scale, saved, parse_activation(op, "post_activation", post_activation),
+                    {x, w1, b1, w2, b2}, std::vector<bool>(mask.begin(), mask.end()));
   return {g[0], g[1], g[2], g[3], g[4], g[5]};
 }
 
@@ -222,7 +238,8 @@ Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b
   return input.copy_(squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation));
 }
 
-void register_all(torch::Library& m) {
+// Devices without kernels of ours.
+TORCH_LIBRARY_IMPL(se_ext, CompositeExplicitAutograd, m) {
   m.impl("squeeze", squeeze);
   m.impl("excite", excite);
   m.impl("rescale", rescale);
@@ -231,14 +248,33 @@ void register_all(torch::Library& m) {
   m.impl("squeeze_excite_", squeeze_excite_);
 }
 
-// torch.func: under vmap, grad, jvp, … the formula's own operators are transformed, one by one.
+// torch.func: under vmap, grad, jvp, … the formula's own operators are transformed, one by one. These kernels come
+// before autocast's, so they cast themselves.
 TORCH_LIBRARY_IMPL(se_ext, FuncTorchDynamicLayerFrontMode, m) {
-  register_all(m);
-}
-
-// Devices without kernels of ours.
-TORCH_LIBRARY_IMPL(se_ext, CompositeExplicitAutograd, m) {
-  register_all(m);
+  m.impl("squeeze", [](const Tensor& input) {
+    const Autocast cast(input);
+    return composite::squeeze(cast.map(input));
+  });
+  m.impl("excite", [](const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                      const OptionalTensor& b2, std::string_view activation, std::string_view gate) {
+    const Autocast cast(z);
+    return composite::excite(cast.map(z), cast.weight(w1), cast.weight(b1), cast.weight(w2), cast.weight(b2),
+                             activation, gate);
+  });
+  m.impl("rescale", [](const Tensor& input, const Tensor& scale, const OptionalTensor& residual,
+                       std::string_view post_activation) {
+    const Autocast cast(input);
+    return composite::rescale(cast.map(input), cast.weight(scale), cast.map(residual), post_activation);
+  });
+  m.impl("squeeze_excite", [](const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                              const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                              const OptionalTensor& residual, std::string_view post_activation) {
+    const Autocast cast(input);
+    return composite::squeeze_excite(cast.map(input), cast.weight(w1), cast.weight(b1), cast.weight(w2),
+                                     cast.weight(b2), activation, gate, cast.map(residual), post_activation);
+  });
+  m.impl("rescale_", rescale_);
+  m.impl("squeeze_excite_", squeeze_excite_);
 }
 
 }  // namespace

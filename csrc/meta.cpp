@@ -57,7 +57,8 @@ Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& r
 
 Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
   checks::rescale("rescale_", input, scale, residual, post_activation);
-  checks::in_place("rescale_", input, {&scale}, {&residual});
+  checks::not_differentiated("rescale_", {{"input", input}, {"scale", scale}, {"residual", residual}});
+  checks::writable("rescale_", input);
   return input;
 }
 
@@ -94,7 +95,9 @@ Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b
                         const OptionalTensor& b2, std::string_view activation, std::string_view gate,
                         const OptionalTensor& residual, std::string_view post_activation) {
   checks::squeeze_excite("squeeze_excite_", input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
-  checks::in_place("squeeze_excite_", input, {&w1, &w2}, {&b1, &b2, &residual});
+  checks::not_differentiated(
+      "squeeze_excite_", {{"input", input}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"residual", residual}});
+  checks::writable("squeeze_excite_", input);
   return input;
 }
 

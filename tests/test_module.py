@@ -115,7 +115,8 @@ def test_initialisation_is_torchvisions() -> None:
         assert torch.equal(a, b), name
 
 
-def test_a_swapped_block_leaves_a_real_networks_output() -> None:
+def test_a_swapped_block_leaves_a_real_networks_output(restore_threads: None) -> None:
+    torch.set_num_threads(1)  # a hundred small layers: on a busy machine their threads wait for one another
     torch.manual_seed(3)
     net = torchvision.models.mobilenet_v3_small().double().eval()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)

@@ -55,14 +55,14 @@ def parts(x, weights, residual, post, grad):
 def test_same_bits_for_any_number_of_threads(dtype, channels_last, shape, restore_threads):
     x, residual, grad = (make_map(shape, dtype, channels_last) for _ in range(3))
     weights = make_weights(shape[1], shape[1] // 8, dtype)
-    for function in (block, parts):
-        for arguments in ((x, weights, residual, "relu", grad), (x, weights, None, "silu", grad)):
-            torch.set_num_threads(1)
-            expected = function(*arguments)
-            for threads in THREADS:
-                torch.set_num_threads(threads)
-                for run in range(2):
-                    assert_same_bits(function(*arguments), expected, f"{threads} threads, run {run}")
+    for function, r, post in ((block, residual, "relu"), (block, None, "silu"), (parts, residual, "relu")):
+        torch.set_num_threads(1)
+        expected = function(x, weights, r, post, grad)
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            for run in range(2):
+                actual = function(x, weights, r, post, grad)
+                assert_same_bits(actual, expected, f"{function.__name__}, {threads} threads, run {run}")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -75,9 +75,8 @@ void Excitation::backward(Team team, std::int64_t first, std::int64_t samples, s
   });
   team.barrier();
   dense_.vecmat(samples, M, C, data(w1_), grad_hidden.at(first * M), grad_z.at(first * C), part_c.first, part_c.second);
-  for_columns(first, samples, C, part_c, [&](std::int64_t i, std::int64_t count) {
-    vector_.combine_tiles(1, count, points, grad_z.at(i), grad_z.at(i));
-  });
+  for_columns(first, samples, C, part_c,
+              [&](std::int64_t i, std::int64_t count) { vector_.divide(count, points, grad_z.at(i)); });
   team.barrier();
 }
 

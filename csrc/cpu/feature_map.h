@@ -64,6 +64,9 @@ struct FeatureMap {
 // over tiles are always combined in the same order.
 struct Tiling {
   static constexpr std::int64_t kTileBytes = 32 * 1024;
+  static constexpr std::int64_t kAligned = 32;    // channels, so that tiles start where a register does if slabs do
+  static constexpr std::int64_t kFewPoints = 16;  // a tile's row of partial sums is small beside the tile
+  static constexpr std::int64_t kMostTiles = 64;
 
   std::int64_t extent;  // channels or points per tile
   std::int64_t total;   // channels or points in all
@@ -74,6 +77,11 @@ struct Tiling {
     const std::int64_t line = channels_first ? map.slab.points : map.slab.channels;
     total = channels_first ? map.slab.channels : map.slab.points;
     extent = std::max<std::int64_t>(1, kTileBytes / std::max<std::int64_t>(1, line * map.data.item_bytes));
+    if (channels_first) {
+      if (extent > kAligned) extent -= extent % kAligned;
+    } else {
+      extent = std::max({extent, kFewPoints, total / kMostTiles});
+    }
     count = (total + extent - 1) / extent;
   }
 

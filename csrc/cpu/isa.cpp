@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
+#include <stdexcept>
 #include <string_view>
 
 #include "../info.h"
@@ -70,7 +71,11 @@ const KernelTable& kernels() {
 namespace se_ext {
 
 std::string cpu_capability() {
-  return cpu::chosen().name;
+  try {
+    return cpu::chosen().name;
+  } catch (const c10::Error& error) {
+    throw std::invalid_argument(error.what_without_backtrace());  // which pybind11 knows as ValueError
+  }
 }
 
 std::vector<std::string> cpu_capabilities() {

@@ -39,8 +39,9 @@ Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& r
 
 Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
   checks::rescale("rescale_", input, scale, residual, post_activation);
-  checks::in_place("rescale_", input, {&scale}, {&residual});
-  checks::no_overlap("rescale_", input, residual);
+  checks::not_differentiated("rescale_", {{"input", input}, {"scale", scale}, {"residual", residual}});
+  checks::writable("rescale_", input);
+  checks::apart("rescale_", input, residual, {{"scale", scale}});
   const FeatureMap x(input);
   run(x, scale, residual, parse_activation("rescale_", "post_activation", post_activation), x.tensor);
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);

@@ -5,29 +5,42 @@
 namespace se_ext::cpu {
 namespace {
 
-std::int64_t l2_bytes() {
-  static const std::int64_t bytes = [] {
+constexpr std::int64_t kSamplesAtOnce = 4;  // samples that the excitation's kernels take per weight they load
+
 #ifdef _SC_LEVEL2_CACHE_SIZE
-    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (found > 0) return static_cast<std::int64_t>(found);
+constexpr int kL2 = _SC_LEVEL2_CACHE_SIZE, kL3 = _SC_LEVEL3_CACHE_SIZE;
+#else
+constexpr int kL2 = -1, kL3 = -1;
 #endif
-    return std::int64_t{1} << 20;
-  }();
-  return bytes;
+
+std::int64_t cache_bytes(int level, std::int64_t otherwise) {
+  const long found = level < 0 ? 0 : sysconf(level);
+  return found > 0 ? found : otherwise;
+}
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
 }
 
 }  // namespace
 
 Schedule Schedule::of(const FeatureMap& map, int maps, std::int64_t weight_bytes) {
+  static const std::int64_t l2_bytes = cache_bytes(kL2, 1 << 20);
+  static const std::int64_t l3_bytes = cache_bytes(kL3, 8 << 20);
   Schedule s;
   const std::int64_t slab_bytes = std::max<std::int64_t>(1, map.slab_bytes());
   s.threads = threads_for(map.samples * slab_bytes * maps + weight_bytes);
   s.by_sample = map.samples % s.threads == 0 || map.samples >= 4 * s.threads;
-  const std::int64_t cache = l2_bytes() * 3 / 4 * (s.by_sample ? 1 : s.threads);
-  // As many samples as the cache holds, and enough that rereading the weights costs no more than reading the samples.
-  const std::int64_t fitting = cache / (slab_bytes * maps);
-  const std::int64_t amortising = (weight_bytes + slab_bytes - 1) / slab_bytes;
-  s.block = std::clamp<std::int64_t>(std::max(fitting, amortising), 1, std::max<std::int64_t>(1, map.samples));
+  const std::int64_t teams = s.teams();
+
+  // As many samples as this team's second-level caches hold; and where rereading the weights for every block would
+  // cost more than an eighth of the samples' own traffic, as many as make it less, within half of the third level.
+  const std::int64_t in_l2 = l2_bytes * 3 / 4 * (s.threads / teams) / (slab_bytes * maps);
+  const std::int64_t in_l3 = l3_bytes / 2 / teams / (slab_bytes * maps);
+  std::int64_t amortising = ceil_div(8 * weight_bytes, slab_bytes * maps);
+  if (amortising > 1) amortising = ceil_div(amortising, kSamplesAtOnce) * kSamplesAtOnce;
+  const std::int64_t block = std::max(in_l2, std::min(amortising, in_l3));
+  s.block = std::clamp<std::int64_t>(block, 1, std::max<std::int64_t>(1, map.samples));
   return s;
 }
 

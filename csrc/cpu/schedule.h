@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "feature_map.h"
 #include "isa.h"
@@ -40,28 +41,45 @@ class Tiles {
   Tiles(const FeatureMap& map, const Schedule& schedule, at::ScalarType accumulate)
       : tiling_(map),
         channels_(map.slab.channels),
-        partial_per_team_(map.slab.layout == Layout::ChannelsLast ? schedule.block * tiling_.count * channels_ : 0),
-        partials_(at::empty({partial_per_team_ * schedule.teams()}, map.tensor.options().dtype(accumulate))),
-        partial_(partials_),
-        vector_(accumulate == at::kDouble ? kernels().vector_double : kernels().vector_float) {}
+        whole_channels_(map.slab.layout == Layout::ChannelsFirst),
+        rows_per_team_(whole_channels_ ? 0 : (schedule.by_sample ? 1 : schedule.block * tiling_.count)),
+        vector_(accumulate == at::kDouble ? kernels().vector_double : kernels().vector_float) {
+    if (whole_channels_) return;
+    partials_ = at::empty({rows_per_team_ * schedule.teams(), channels_}, map.tensor.options().dtype(accumulate));
+    partial_ = Pointer(partials_);
+  }
 
   // out[n, c] = (Σ over tiles of what reduce(n, tile, sums) sums up) / divisor. Ends with a barrier.
+  // ChannelsFirst: a tile has its channels to itself. ChannelsLast: a tile sums up a row of partial sums, and the rows
+  // are added in the tiles' order, one by one as they come (a team of one) or when all are there.
   template <class F>
   void reduce(Team team, int index, std::int64_t first, std::int64_t samples, std::int64_t divisor, Pointer out,
               const F& reduce) const {
-    const bool whole_channels = partial_per_team_ == 0;
-    const Pointer partial = offset(partial_, index * partial_per_team_);
-    const auto [begin, end] = team.share(samples * tiling_.count);
-    for (std::int64_t u = begin; u < end; ++u) {
-      const std::int64_t n = first + u / tiling_.count;
-      reduce(n, tiling_.tile(u % tiling_.count), whole_channels ? out.at(n * channels_) : partial.at(u * channels_));
-    }
-    team.barrier();
-    const auto [n0, n1] = team.share(samples);
-    const std::int64_t tiles = whole_channels ? 1 : tiling_.count;
-    for (std::int64_t n = n0; n < n1; ++n) {
-      char* z = out.at((first + n) * channels_);
-      vector_.combine_tiles(tiles, channels_, divisor, whole_channels ? z : partial.at(n * tiles * channels_), z);
+    const std::int64_t tiles = tiling_.count;
+    const auto row = [&](std::int64_t i) { return partial_.at((index * rows_per_team_ + i) * channels_); };
+    const auto sample = [&](std::int64_t n) { return out.at((first + n) * channels_); };
+    if (whole_channels_) {
+      for_each_tile(team, samples, [&](std::int64_t n, std::int64_t t) { reduce(first + n, tile(t), sample(n)); });
+      team.barrier();
+      for_each(team, samples, [&](std::int64_t n) { vector_.divide(channels_, divisor, sample(n)); });
+    } else if (team.size == 1) {
+      for (std::int64_t n = 0; n < samples; ++n) {
+        std::memset(sample(n), 0, channels_ * out.item_bytes);
+        for (std::int64_t t = 0; t < tiles; ++t) {
+          reduce(first + n, tile(t), row(0));
+          vector_.add_rows(1, channels_, row(0), sample(n));
+        }
+        vector_.divide(channels_, divisor, sample(n));
+      }
+    } else {
+      for_each_tile(team, samples,
+                    [&](std::int64_t n, std::int64_t t) { reduce(first + n, tile(t), row(n * tiles + t)); });
+      team.barrier();
+      for_each(team, samples, [&](std::int64_t n) {
+        std::memset(sample(n), 0, channels_ * out.item_bytes);
+        vector_.add_rows(tiles, channels_, row(n * tiles), sample(n));
+        vector_.divide(channels_, divisor, sample(n));
+      });
     }
     team.barrier();
   }
@@ -69,19 +87,27 @@ class Tiles {
   // apply(n, tile) for every tile of the block.
   template <class F>
   void apply(Team team, std::int64_t first, std::int64_t samples, const F& apply) const {
-    const auto [begin, end] = team.share(samples * tiling_.count);
-    for (std::int64_t u = begin; u < end; ++u) apply(first + u / tiling_.count, tiling_.tile(u % tiling_.count));
+    for_each_tile(team, samples, [&](std::int64_t n, std::int64_t t) { apply(first + n, tile(t)); });
   }
 
  private:
-  static Pointer offset(Pointer p, std::int64_t items) {
-    p.base += items * p.item_bytes;
-    return p;
+  Tile tile(std::int64_t t) const { return tiling_.tile(t); }
+
+  template <class F>
+  static void for_each(Team team, std::int64_t count, const F& f) {
+    const auto [begin, end] = team.share(count);
+    for (std::int64_t i = begin; i < end; ++i) f(i);
+  }
+
+  template <class F>
+  void for_each_tile(Team team, std::int64_t samples, const F& f) const {
+    for_each(team, samples * tiling_.count, [&](std::int64_t u) { f(u / tiling_.count, u % tiling_.count); });
   }
 
   Tiling tiling_;
   std::int64_t channels_;
-  std::int64_t partial_per_team_;  // ChannelsLast: one row of partial sums per tile of a block
+  bool whole_channels_;
+  std::int64_t rows_per_team_;  // of partial sums, ChannelsLast
   at::Tensor partials_;
   Pointer partial_;
   const VectorKernels& vector_;

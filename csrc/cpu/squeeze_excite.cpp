@@ -70,8 +70,10 @@ Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b
                         const OptionalTensor& residual, std::string_view post_activation) {
   const char* op = "squeeze_excite_";
   checks::squeeze_excite(op, input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
-  checks::in_place(op, input, {&w1, &w2}, {&b1, &b2, &residual});
-  checks::no_overlap(op, input, residual);
+  checks::not_differentiated(
+      op, {{"input", input}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"residual", residual}});
+  checks::writable(op, input);
+  checks::apart(op, input, residual, {{"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}});
   const FeatureMap x(input);
   const Excitation e(w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
   forward(x, e, residual, parse_activation(op, "post_activation", post_activation), x.tensor);
@@ -87,10 +89,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
   const char* op = "squeeze_excite";
   checks::squeeze_excite(op, input, {w1, b1, w2, b2, activation, gate}, saved, post_activation);
   checks::same_shape(op, "grad_output", grad_output, input);
+  const auto type = accumulation_type(input.scalar_type());
+  checks::saved(op, "z", z, input.size(0), input.size(1), type);
+  checks::saved(op, "hidden", hidden, input.size(0), w1.size(0), type);
+  checks::saved(op, "scale", scale, input.size(0), input.size(1), type);
   const FeatureMap x(input);
   const Excitation e(w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
   const std::int64_t N = x.samples, C = e.channels(), slab = x.slab_elements();
-  const auto type = accumulation_type(input.scalar_type());
   const Tensor g = x.in_my_layout(grad_output);
   const Tensor kept = saved.has_value() ? x.in_my_layout(*saved) : Tensor();
   Tensor grad_input = mask[0] ? empty_map_like(x.tensor) : Tensor();

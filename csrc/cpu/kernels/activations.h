@@ -1,8 +1,8 @@
-// The activations and gates: value and slope, as functions of registers. ATen's conventions at the kinks.
+// The activations and gates: value and gradient, as functions of registers. ATen's conventions at the kinks.
 #pragma once
 
 #include "../../params.h"
-#include "math.h"
+#include "elementary.h"
 
 namespace se_ext::cpu::SE_EXT_ISA {
 
@@ -46,34 +46,34 @@ SE_EXT_INLINE V activate(V v) {
   }
 }
 
-// dA/dv. Given the output u where slope_from_output(A), the input v elsewhere.
+// g ⊙ A'(v), given the output u where slope_from_output(A), the input v elsewhere. Where the slope is zero the result
+// is zero whatever g is, as in ATen: an infinite gradient does not become NaN there.
 template <Activation A, class V>
-SE_EXT_INLINE V slope(V q) {
-  const V one = V{} + 1;
+SE_EXT_INLINE V gradient(V g, V q) {
+  const V zero{};
   if constexpr (A == Activation::Identity) {
-    return one;
+    return g;
   } else if constexpr (A == Activation::Relu) {
-    return q <= 0 ? V{} : one;
+    return q <= 0 ? zero : g;
   } else if constexpr (A == Activation::Relu6) {
-    return q <= 0 ? V{} : (q >= 6 ? V{} : one);
+    return q <= 0 ? zero : (q >= 6 ? zero : g);
   } else if constexpr (A == Activation::Silu) {
     const V sig = sigmoid(q);
-    return sig * (1 + q * (1 - sig));
+    return g * (sig * (1 + q * (1 - sig)));
   } else if constexpr (A == Activation::Gelu) {
     const V cdf = constant<V>(0.5) * (1 + erf(q * constant<V>(0.70710678118654752440)));
-    return cdf + q * constant<V>(0.39894228040143267794) * exp(q * q * constant<V>(-0.5));
+    return g * (cdf + q * constant<V>(0.39894228040143267794) * exp(q * q * constant<V>(-0.5)));
   } else if constexpr (A == Activation::Hardswish) {
-    const V middle = q / 3 + constant<V>(0.5);
-    return q < -3 ? V{} : (q <= 3 ? middle : one);
+    return q <= -3 ? zero : (q < 3 ? g * (q / 3 + constant<V>(0.5)) : g);
   } else if constexpr (A == Activation::LeakyRelu) {
-    return q > 0 ? one : constant<V>(kLeakySlope);
+    return q > 0 ? g : g * constant<V>(kLeakySlope);
   } else if constexpr (A == Activation::Tanh) {
-    return 1 - q * q;
+    return g * (1 - q * q);
   } else if constexpr (A == Activation::Sigmoid) {
-    return q * (1 - q);
+    return g * (q * (1 - q));
   } else {
     static_assert(A == Activation::Hardsigmoid);
-    return q > 0 ? (q < 1 ? one / 6 : V{}) : V{};
+    return q > 0 ? (q < 1 ? g / 6 : zero) : zero;
   }
 }
 

@@ -10,17 +10,20 @@ namespace se_ext::cpu::SE_EXT_ISA {
 // out[b, r] = Σ_k w[r, k] in[b, k] + bias[r]      for kRows rows and kSamples samples, each weight loaded once
 template <int kRows, int kSamples, class T, class A>
 SE_EXT_INLINE void dot_block(std::int64_t columns, const T* w, const A* in, std::int64_t in_stride, A* sums) {
-  Vec<A> acc[kRows][kSamples] = {};
+  constexpr int kSums = kRows * kSamples;
+  Vec<A> acc[kSums] = {};
   for_lanes<A>(columns, [&](std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
     Vec<A> z[kSamples];
     for (int b = 0; b < kSamples; ++b) z[b] = load(in + b * in_stride + k, lanes);
     for (int r = 0; r < kRows; ++r) {
       const Vec<A> weight = load(w + r * columns + k, lanes);
-      for (int b = 0; b < kSamples; ++b) acc[r][b] += weight * z[b];
+      for (int b = 0; b < kSamples; ++b) acc[r * kSamples + b] += weight * z[b];
     }
   });
-  for (int r = 0; r < kRows; ++r) {
-    for (int b = 0; b < kSamples; ++b) sums[r * kSamples + b] = sum_lanes(acc[r][b]);
+  if constexpr (kSums % 4 == 0) {
+    for (int i = 0; i < kSums; i += 4) sum_lanes_of_four(acc + i, sums + i);
+  } else {
+    for (int i = 0; i < kSums; ++i) sums[i] = sum_lanes(acc[i]);
   }
 }
 
@@ -142,15 +145,25 @@ void sum_samples(std::int64_t samples, std::int64_t columns, const void* a_, voi
   });
 }
 
-// z[c] = (Σ_t sums[t, c]) / points, tiles in order; points = 1 leaves the sum as it is.
+// sums[c] += Σ_r rows[r, c], rows in order.
 template <class A>
-void combine_tiles(std::int64_t tiles, std::int64_t channels, std::int64_t points, const void* sums_, void* z_) {
-  const A* sums = static_cast<const A*>(sums_);
-  A* z = static_cast<A*>(z_);
+void add_rows(std::int64_t count, std::int64_t channels, const void* rows_, void* sums_) {
+  const A* rows = static_cast<const A*>(rows_);
+  A* sums = static_cast<A*>(sums_);
   for_lanes<A>(channels, [&](std::int64_t c, auto lanes) {
-    Vec<A> total{};
-    for (std::int64_t t = 0; t < tiles; ++t) total += load(sums + t * channels + c, lanes);
-    store(z + c, total / static_cast<A>(points), lanes);
+    Vec<A> total = load(sums + c, lanes);
+    for (std::int64_t r = 0; r < count; ++r) total += load(rows + r * channels + c, lanes);
+    store(sums + c, total, lanes);
+  });
+}
+
+// values /= divisor, in place; by zero as IEEE has it: an empty mean is NaN.
+template <class A>
+void divide(std::int64_t count, std::int64_t divisor, void* values_) {
+  if (divisor == 1) return;
+  A* values = static_cast<A*>(values_);
+  for_lanes<A>(count, [&](std::int64_t i, auto lanes) {
+    store(values + i, load(values + i, lanes) / static_cast<A>(divisor), lanes);
   });
 }
 
@@ -174,7 +187,7 @@ void activation_backward(Activation activation, std::int64_t count, const void* 
   A* out = static_cast<A*>(out_);
   dispatch(activation, [&](auto of) {
     for_lanes<A>(count, [&](std::int64_t i, auto lanes) {
-      store(out + i, load(grad + i, lanes) * slope<of.value>(load(at + i, lanes)), lanes);
+      store(out + i, gradient<of.value>(load(grad + i, lanes), load(at + i, lanes)), lanes);
     });
   });
 }

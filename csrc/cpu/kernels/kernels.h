@@ -27,7 +27,8 @@ struct DenseKernels {
 
 // Over small acc vectors (dense.h).
 struct VectorKernels {
-  void (*combine_tiles)(std::int64_t tiles, std::int64_t channels, std::int64_t points, const void* sums, void* z);
+  void (*add_rows)(std::int64_t count, std::int64_t channels, const void* rows, void* sums);
+  void (*divide)(std::int64_t count, std::int64_t divisor, void* values);
   void (*activation_forward)(Activation, std::int64_t count, const void* in, void* out);
   void (*activation_backward)(Activation, std::int64_t count, const void* grad, const void* at, void* out);
 };

@@ -21,7 +21,7 @@ void squeeze(const Slab& slab, Tile tile, const void* x_, void* sums) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(x_);
   dispatch_layout(slab.layout, [&]<Layout layout>() {
-    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](std::int64_t) {
+    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](Channels) SE_EXT_ALWAYS_INLINE {
       return [=](std::int64_t i, std::int64_t, auto lanes) SE_EXT_ALWAYS_INLINE { return load(x + i, lanes); };
     });
   });
@@ -37,8 +37,8 @@ void rescale(const Slab& slab, Tile tile, const Rescale& r) {
   T* y = static_cast<T*>(r.y);
   dispatch_layout(slab.layout, [&]<Layout layout>() {
     dispatch(r.post, [&](auto post) {
-      visit_tile<layout, A>(slab, tile, [=](std::int64_t channel) {
-        const PerChannel<layout, A> scale(scales, channel);
+      visit_tile<layout, A>(slab, tile, [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+        const PerChannel<layout, A> scale(scales, channels);
         return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
           Vec<A> v = scale.at(c, lanes) * load(x + i, lanes);
           if (residual) v += load(residual + i, lanes);
@@ -63,11 +63,11 @@ struct GradientOfSum {
       return g;
     } else if constexpr (slope_from_output(post)) {
       const V y = saved ? load(saved + i, lanes) : activate<post>(scale * load(x + i, lanes));
-      return g * slope<post>(y);
+      return gradient<post>(g, y);
     } else {
       V v = scale * load(x + i, lanes);
       if (saved) v += load(saved + i, lanes);
-      return g * slope<post>(v);
+      return gradient<post>(g, v);
     }
   }
 };
@@ -89,8 +89,8 @@ void rescale_backward_reduce(const Slab& slab, Tile tile, const RescaleBackward&
   const T* x = static_cast<const T*>(b.x);
   const A* scales = static_cast<const A*>(b.scale);
   dispatch_backward<T>(slab, b, [&]<Layout layout>(auto gv) {
-    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](std::int64_t channel) {
-      const PerChannel<layout, A> scale(scales, channel);
+    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+      const PerChannel<layout, A> scale(scales, channels);
       return [=](std::int64_t i, std::int64_t c, auto lanes)
                  SE_EXT_ALWAYS_INLINE { return gv.at(i, scale.at(c, lanes), lanes) * load(x + i, lanes); };
     });
@@ -106,9 +106,9 @@ void rescale_backward_apply(const Slab& slab, Tile tile, const RescaleBackward& 
   T* grad_x = static_cast<T*>(b.grad_x);
   T* grad_residual = static_cast<T*>(b.grad_residual);
   dispatch_backward<T>(slab, b, [&]<Layout layout>(auto gv) {
-    visit_tile<layout, A>(slab, tile, [=](std::int64_t channel) {
-      const PerChannel<layout, A> scale(scales, channel);
-      const PerChannel<layout, A> mean(grad_mean, channel);
+    visit_tile<layout, A>(slab, tile, [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+      const PerChannel<layout, A> scale(scales, channels);
+      const PerChannel<layout, A> mean(grad_mean, channels);
       return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
         const Vec<A> s = scale.at(c, lanes);
         const Vec<A> g = gv.at(i, s, lanes);

@@ -2,7 +2,7 @@
 //
 // What happens at a register is a visitor f(offset, channel, lanes): `offset` counts elements from the start of the
 // slab, `channel` is the first lane's channel. ChannelsFirst lanes share one channel; ChannelsLast lanes are
-// neighbouring channels. Visitors come from a factory(channel), called once per row in ChannelsFirst and once per
+// neighbouring channels. Visitors come from a factory(Channels), called once per row in ChannelsFirst and once per
 // tile in ChannelsLast, so that what belongs to a row stays in registers.
 #pragma once
 
@@ -12,8 +12,16 @@
 namespace se_ext::cpu::SE_EXT_ISA {
 
 inline constexpr int kChains = 4;                 // independent accumulators hide the latency of an addition
+inline constexpr int kLongRow = 16;               // registers from which a row is worth kChains accumulators
 inline constexpr std::int64_t kRowBlock = 4096;   // a long row is summed in blocks: the error grows with P / 4096
 inline constexpr std::int64_t kPointsAtOnce = 4;  // points added as a tree before they meet the running sum
+
+// Whose values a ChannelsFirst register needs: all lanes are `channel`'s, or, where a row ends inside the register,
+// the first lanes are and the others are the next channel's.
+struct Channels {
+  std::int64_t channel;
+  int first = 0;  // 0: all lanes
+};
 
 // One value per channel: a register of copies of one (ChannelsFirst), or a register of neighbours (ChannelsLast).
 template <Layout layout, class A>
@@ -21,8 +29,12 @@ struct PerChannel;
 
 template <class A>
 struct PerChannel<Layout::ChannelsFirst, A> {
-  Vec<A> value;
-  PerChannel(const A* values, std::int64_t channel) : value(values ? broadcast<A>(values[channel]) : Vec<A>{}) {}
+  Vec<A> value{};
+  SE_EXT_ALWAYS_INLINE PerChannel(const A* values, Channels c) {
+    if (!values) return;
+    value = broadcast<A>(values[c.channel]);
+    if (c.first) value = select(First{c.first}, value, broadcast<A>(values[c.channel + 1]));
+  }
   template <class L>
   inline SE_EXT_ALWAYS_INLINE Vec<A> at(std::int64_t, L) const {
     return value;
@@ -32,49 +44,86 @@ struct PerChannel<Layout::ChannelsFirst, A> {
 template <class A>
 struct PerChannel<Layout::ChannelsLast, A> {
   const A* values;
-  PerChannel(const A* values_, std::int64_t) : values(values_) {}
+  SE_EXT_ALWAYS_INLINE PerChannel(const A* values_, Channels) : values(values_) {}
   template <class L>
   inline SE_EXT_ALWAYS_INLINE Vec<A> at(std::int64_t channel, L lanes) const {
     return values ? load(values + channel, lanes) : Vec<A>{};
   }
 };
 
-// sums[c] = Σ_p f(p, c) for the tile's channels. Per row: kChains interleaved registers per block, blocks in order.
+// One long row as one register of partial sums: kChains interleaved registers per block, blocks in order.
+template <class A, class Visitor>
+SE_EXT_INLINE Vec<A> sum_long_row(std::int64_t points, std::int64_t channel, Visitor&& f) {
+  constexpr int L = kLanes<A>;
+  const std::int64_t row = channel * points;
+  Vec<A> total{};
+  for (std::int64_t begin = 0; begin < points; begin += kRowBlock) {
+    const std::int64_t end = min_of(begin + kRowBlock, points);
+    Vec<A> chain[kChains] = {};
+    std::int64_t p = begin;
+    for (; p + kChains * L <= end; p += kChains * L) {
+      for (int k = 0; k < kChains; ++k) chain[k] += f(row + p + k * L, channel, All{});
+    }
+    for (int k = 0; k < kChains - 1; ++k) {
+      if (p + L <= end) {
+        chain[k] += f(row + p, channel, All{});
+        p += L;
+      }
+    }
+    if (p < end) {
+      const First rest{static_cast<int>(end - p)};
+      chain[kChains - 1] += select(rest, f(row + p, channel, rest), Vec<A>{});
+    }
+    total += (chain[0] + chain[1]) + (chain[2] + chain[3]);
+  }
+  return total;
+}
+
+// One short row, of `whole` registers and `rest` lanes, as one register of partial sums.
+template <class A, class Visitor>
+SE_EXT_INLINE Vec<A> sum_short_row(std::int64_t points, std::int64_t whole, First rest, std::int64_t channel,
+                                   Visitor&& f) {
+  constexpr int L = kLanes<A>;
+  const std::int64_t row = channel * points;
+  Vec<A> even{}, odd{};
+  if (rest.count) even = select(rest, f(row + whole * L, channel, rest), Vec<A>{});
+  std::int64_t k = 0;
+  for (; k + 2 <= whole; k += 2) {
+    even += f(row + k * L, channel, All{});
+    odd += f(row + (k + 1) * L, channel, All{});
+  }
+  if (k < whole) even += f(row + k * L, channel, All{});
+  return even + odd;
+}
+
+// sums[c] = Σ_p f(p, c) for the tile's channels.
 template <class A, class Factory>
 SE_EXT_INLINE void sum_rows(const Slab& slab, Tile tile, A* sums, Factory&& factory) {
   constexpr int L = kLanes<A>;
-  for (std::int64_t c = tile.begin; c < tile.end; ++c) {
-    const auto f = factory(c);
-    const std::int64_t row = c * slab.points;
-    A total = 0;
-    for (std::int64_t begin = 0; begin < slab.points; begin += kRowBlock) {
-      const std::int64_t end = min_of(begin + kRowBlock, slab.points);
-      Vec<A> chain[kChains] = {};
-      std::int64_t p = begin;
-      for (; p + kChains * L <= end; p += kChains * L) {
-        for (int k = 0; k < kChains; ++k) chain[k] += f(row + p + k * L, c, All{});
-      }
-      for (int k = 0; k < kChains - 1; ++k) {
-        if (p + L <= end) {
-          chain[k] += f(row + p, c, All{});
-          p += L;
-        }
-      }
-      if (p < end) {
-        const First rest{static_cast<int>(end - p)};
-        chain[kChains - 1] += keep(f(row + p, c, rest), rest);
-      }
-      total += sum_lanes((chain[0] + chain[1]) + (chain[2] + chain[3]));
+  const std::int64_t points = slab.points;
+  if (points >= kLongRow * L) {
+    for (std::int64_t c = tile.begin; c < tile.end; ++c) {
+      sums[c] = sum_lanes(sum_long_row<A>(points, c, factory(Channels{c})));
     }
-    sums[c] = total;
+    return;
   }
+  const std::int64_t whole = points / L;
+  const First rest{static_cast<int>(points % L)};
+  const auto row = [&](std::int64_t c)
+                       SE_EXT_ALWAYS_INLINE { return sum_short_row<A>(points, whole, rest, c, factory(Channels{c})); };
+  std::int64_t c = tile.begin;
+  for (; c + 4 <= tile.end; c += 4) {
+    const Vec<A> four[4] = {row(c), row(c + 1), row(c + 2), row(c + 3)};
+    sum_lanes_of_four(four, sums + c);
+  }
+  for (; c < tile.end; ++c) sums[c] = sum_lanes(row(c));
 }
 
 // sums[c] = Σ_p f(p, c) over the tile's points, for all channels. The running sums stay in the first-level cache.
 template <class A, class Factory>
 SE_EXT_INLINE void sum_columns(const Slab& slab, Tile tile, A* sums, Factory&& factory) {
   const std::int64_t C = slab.channels;
-  const auto f = factory(0);
+  const auto f = factory(Channels{0});
   for_lanes<A>(C, [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { store(sums + c, Vec<A>{}, lanes); });
   std::int64_t p = tile.begin;
   for (; p + kPointsAtOnce <= tile.end; p += kPointsAtOnce) {
@@ -100,16 +149,35 @@ SE_EXT_INLINE void sum_tile(const Slab& slab, Tile tile, A* sums, Factory&& fact
   }
 }
 
+// ChannelsFirst is walked as one contiguous run: a register in which a row ends belongs to two channels, so that stores
+// stay whole (and aligned, where the slab is) whatever P is. Rows shorter than a register are visited one by one.
+template <class A, class Factory>
+SE_EXT_INLINE void visit_rows(const Slab& slab, Tile tile, Factory&& factory) {
+  constexpr int L = kLanes<A>;
+  const std::int64_t end = tile.end * slab.points;
+  std::int64_t i = tile.begin * slab.points;
+  for (std::int64_t c = tile.begin; c < tile.end; ++c) {
+    const std::int64_t row_end = (c + 1) * slab.points;
+    const auto f = factory(Channels{c});
+    for (; i + L <= row_end; i += L) f(i, c, All{});
+    const int rest = static_cast<int>(row_end - i);
+    if (rest <= 0) continue;
+    if (i + L <= end && slab.points >= L) {
+      factory(Channels{c, rest})(i, c, All{});
+      i += L;
+    } else {
+      f(i, c, First{rest});
+      i = row_end;
+    }
+  }
+}
+
 template <Layout layout, class A, class Factory>
 SE_EXT_INLINE void visit_tile(const Slab& slab, Tile tile, Factory&& factory) {
   if constexpr (layout == Layout::ChannelsFirst) {
-    for (std::int64_t c = tile.begin; c < tile.end; ++c) {
-      const auto f = factory(c);
-      const std::int64_t row = c * slab.points;
-      for_lanes<A>(slab.points, [=](std::int64_t p, auto lanes) SE_EXT_ALWAYS_INLINE { f(row + p, c, lanes); });
-    }
+    visit_rows<A>(slab, tile, factory);
   } else {
-    const auto f = factory(0);
+    const auto f = factory(Channels{0});
     for (std::int64_t p = tile.begin; p < tile.end; ++p) {
       const std::int64_t pixel = p * slab.channels;
       for_lanes<A>(slab.channels, [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { f(pixel + c, c, lanes); });

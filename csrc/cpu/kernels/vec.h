@@ -296,36 +296,61 @@ SE_EXT_INLINE float load_one(const float16* p) {
   return load(p, First{1})[0];
 }
 
-// ---- the sum over a register's lanes: halves added to halves, always in this order ----
+// ---- sums over a register's lanes ----
 
+// sums[i] = Σ over the lanes of v[i], for four registers together: short rows spend much of their time here. The order
+// of the additions is the same for every register, and sum_lanes of one register is defined by it.
+#if defined(__AVX2__)
+SE_EXT_INLINE void sum_lanes_of_four(const vfloat* v, float* sums) {
+  __m256 r[4];
+  for (int i = 0; i < 4; ++i) {
 #if defined(__AVX512F__)
-SE_EXT_INLINE float sum_lanes(vfloat v) {
-  return _mm512_reduce_add_ps((__m512)v);
+    r[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), _mm512_extractf32x8_ps((__m512)v[i], 1));
+#else
+    r[i] = (__m256)v[i];
+#endif
+  }
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
-SE_EXT_INLINE double sum_lanes(vdouble v) {
-  return _mm512_reduce_add_pd((__m512d)v);
+SE_EXT_INLINE float sum_lanes(vfloat v) {
+  const vfloat four[4] = {v};
+  float sums[4];
+  sum_lanes_of_four(four, sums);
+  return sums[0];
 }
 #else
-template <class V>
-SE_EXT_INLINE auto sum_lanes(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  }
-  return v[0];
+SE_EXT_INLINE float sum_lanes(vfloat v) {
+  float sum = v[0];
+  for (int i = 1; i < kLanes<float>; ++i) sum += v[i];
+  return sum;
+}
+SE_EXT_INLINE void sum_lanes_of_four(const vfloat* v, float* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(v[i]);
 }
 #endif
-
-// v in the first lanes, zero in the others.
-SE_EXT_INLINE vfloat keep(vfloat v, First f) {
-  vint32 lane{};
-  for (int i = 0; i < kLanes<float>; ++i) lane[i] = i;
-  return lane < f.count ? v : vfloat{};
+SE_EXT_INLINE double sum_lanes(vdouble v) {
+  double sum = v[0];
+  for (int i = 1; i < kLanes<double>; ++i) sum += v[i];
+  return sum;
 }
-SE_EXT_INLINE vdouble keep(vdouble v, First f) {
-  vint64 lane{};
-  for (int i = 0; i < kLanes<double>; ++i) lane[i] = i;
-  return lane < static_cast<std::int64_t>(f.count) ? v : vdouble{};
+SE_EXT_INLINE void sum_lanes_of_four(const vdouble* v, double* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(v[i]);
+}
+
+template <class A>
+SE_EXT_INLINE typename Register<A>::integer lane_index() {
+  typename Register<A>::integer lane{};
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane;
+}
+
+// a in the first lanes, b in the others.
+SE_EXT_INLINE vfloat select(First f, vfloat a, vfloat b) {
+  return lane_index<float>() < f.count ? a : b;
+}
+SE_EXT_INLINE vdouble select(First f, vdouble a, vdouble b) {
+  return lane_index<double>() < static_cast<std::int64_t>(f.count) ? a : b;
 }
 
 template <class I>
