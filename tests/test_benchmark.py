@@ -205,7 +205,9 @@ def test_variants_take_turns() -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("workload", SMALL.values(), ids=SMALL)
 def test_variants_compute_the_same(workload: Workload, layout: str) -> None:
-    problem = draw_problem(workload, layout, 3, torch.float64, torch.device("cpu"), seed=1)
+    # ATen's hardsigmoid multiplies its gradient by a float32 1/6, in float64 too: eager is no better than float32 there.
+    dtype = torch.float32 if workload.gate == "Hardsigmoid" else torch.float64
+    problem = draw_problem(workload, layout, 3, dtype, torch.device("cpu"), seed=1)
     expected = reference(problem)
     for name in ("eager_conv", "eager_linear", "se_ext"):
         for mode in variants.MODES:

@@ -23,16 +23,19 @@ KNOWN_ACTIVATIONS = "identity, relu, relu6, silu, gelu, hardswish, leaky_relu, t
 KNOWN_GATES = "sigmoid, hardsigmoid, tanh, relu, identity"
 RANK = "expected input of shape [N, C, *spatial] with 1 to 3 spatial dims, got "
 FLOATING = "of dtype float32, float64, bfloat16 or float16, got "
-RECORDED = (
-    "expected no argument that requires grad while grad mode is on (the op writes into input), got one; "
-    "use the op without the underscore, or torch.no_grad()"
-)
 SHARED = "expected input whose elements do not share memory (the op writes into it), got shape "
 PARTIAL = (
     "expected residual to be apart from input or the same tensor (the op writes into input), got one that overlaps "
     "it in part"
 )
 MODES = ("real", "fake", "meta")
+
+
+def recorded(name: str) -> str:
+    return (
+        "expected no argument that requires grad while grad mode is on (the op writes into input), "
+        f"got {name}; use the op without the underscore, or torch.no_grad()"
+    )
 
 
 @contextlib.contextmanager
@@ -279,19 +282,19 @@ def in_place_cases(op: str, others: Callable[[], dict[str, Any]], small: tuple[s
         return input, others() | {"residual": input.transpose(2, 3)}
 
     return [
-        case(op, "requires-grad", RuntimeError, RECORDED, lambda _: (x(requires_grad=True), others())),
+        case(op, "requires-grad", RuntimeError, recorded("input"), lambda _: (x(requires_grad=True), others())),
         case(
             op,
             f"{name}-requires-grad",
             RuntimeError,
-            RECORDED,
+            recorded(name),
             lambda _: (x(), others() | {name: x(*shape, requires_grad=True)}),
         ),
         case(
             op,
             "residual-requires-grad",
             RuntimeError,
-            RECORDED,
+            recorded("residual"),
             lambda _: (x(), others() | {"residual": x(requires_grad=True)}),
         ),
         case(
