@@ -19,7 +19,7 @@ void run(const FeatureMap& x, const Tensor& scale, const OptionalTensor& residua
 
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];
   const Schedule schedule = Schedule::of(x, 2, 0);
-  const Tiles tiles(x, schedule, s.scalar_type());
+  const Tiles tiles(x);
   schedule.run(x.samples, [&](Team team, int, std::int64_t first, std::int64_t samples) {
     tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
       map.rescale(x.slab, tile,
@@ -58,9 +58,11 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
   const Tensor s = scale.to(type).contiguous();
   const Tensor g = x.in_my_layout(grad_output);
   const Tensor kept = saved.has_value() ? x.in_my_layout(*saved) : Tensor();
+  const Schedule schedule = Schedule::of(x, 3, 0);
+  const Reduction tiles(x, schedule, type);
+  const Tensor grad_scale = empty_matrix(x.samples, x.slab.channels, input, type);
   Tensor grad_input = mask[0] ? empty_map_like(x.tensor) : Tensor();
   Tensor grad_residual = mask[2] ? empty_map_like(x.tensor) : Tensor();
-  const Tensor grad_scale = empty_matrix(x.samples, x.slab.channels, input, type);
 
   const auto pointer = [](const Tensor& t) { return t.defined() ? Pointer(t) : Pointer(); };
   const Pointer g_at(g), s_at(s), kept_at = pointer(kept), gx_at = pointer(grad_input), gr_at = pointer(grad_residual);
@@ -72,8 +74,6 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
   };
 
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];
-  const Schedule schedule = Schedule::of(x, 3, 0);
-  const Tiles tiles(x, schedule, type);
   schedule.run(x.samples, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
     if (mask[1]) {
       tiles.reduce(team, index, first, samples, 1, Pointer(grad_scale), [&](std::int64_t n, Tile tile, void* sums) {

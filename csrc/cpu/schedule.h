@@ -34,12 +34,38 @@ struct Schedule {
   }
 };
 
-// The two passes of a team over a block of samples, tile by tile. Both give a thread the same tiles, so that what it
+// A pass of a team over a block of samples, tile by tile. Every pass gives a thread the same tiles, so that what it
 // read first is what its own cache holds.
 class Tiles {
  public:
-  Tiles(const FeatureMap& map, const Schedule& schedule, at::ScalarType accumulate)
-      : tiling_(map),
+  explicit Tiles(const FeatureMap& map) : tiling_(map) {}
+
+  // apply(n, tile) for every tile of the block.
+  template <class F>
+  void apply(Team team, std::int64_t first, std::int64_t samples, const F& apply) const {
+    for_each_tile(team, samples, [&](std::int64_t n, std::int64_t t) { apply(first + n, tiling_.tile(t)); });
+  }
+
+ protected:
+  template <class F>
+  static void for_each(Team team, std::int64_t count, const F& f) {
+    const auto [begin, end] = team.share(count);
+    for (std::int64_t i = begin; i < end; ++i) f(i);
+  }
+
+  template <class F>
+  void for_each_tile(Team team, std::int64_t samples, const F& f) const {
+    for_each(team, samples * tiling_.count, [&](std::int64_t u) { f(u / tiling_.count, u % tiling_.count); });
+  }
+
+  Tiling tiling_;
+};
+
+// The pass that reduces a slab to one value per channel, with the scratch memory that takes.
+class Reduction : public Tiles {
+ public:
+  Reduction(const FeatureMap& map, const Schedule& schedule, at::ScalarType accumulate)
+      : Tiles(map),
         channels_(map.slab.channels),
         whole_channels_(map.slab.layout == Layout::ChannelsFirst),
         rows_per_team_(whole_channels_ ? 0 : (schedule.by_sample ? 1 : schedule.block * tiling_.count)),
@@ -59,21 +85,22 @@ class Tiles {
     const auto row = [&](std::int64_t i) { return partial_.at((index * rows_per_team_ + i) * channels_); };
     const auto sample = [&](std::int64_t n) { return out.at((first + n) * channels_); };
     if (whole_channels_) {
-      for_each_tile(team, samples, [&](std::int64_t n, std::int64_t t) { reduce(first + n, tile(t), sample(n)); });
+      for_each_tile(team, samples,
+                    [&](std::int64_t n, std::int64_t t) { reduce(first + n, tiling_.tile(t), sample(n)); });
       team.barrier();
       for_each(team, samples, [&](std::int64_t n) { vector_.divide(channels_, divisor, sample(n)); });
     } else if (team.size == 1) {
       for (std::int64_t n = 0; n < samples; ++n) {
         std::memset(sample(n), 0, channels_ * out.item_bytes);
         for (std::int64_t t = 0; t < tiles; ++t) {
-          reduce(first + n, tile(t), row(0));
+          reduce(first + n, tiling_.tile(t), row(0));
           vector_.add_rows(1, channels_, row(0), sample(n));
         }
         vector_.divide(channels_, divisor, sample(n));
       }
     } else {
       for_each_tile(team, samples,
-                    [&](std::int64_t n, std::int64_t t) { reduce(first + n, tile(t), row(n * tiles + t)); });
+                    [&](std::int64_t n, std::int64_t t) { reduce(first + n, tiling_.tile(t), row(n * tiles + t)); });
       team.barrier();
       for_each(team, samples, [&](std::int64_t n) {
         std::memset(sample(n), 0, channels_ * out.item_bytes);
@@ -84,27 +111,7 @@ class Tiles {
     team.barrier();
   }
 
-  // apply(n, tile) for every tile of the block.
-  template <class F>
-  void apply(Team team, std::int64_t first, std::int64_t samples, const F& apply) const {
-    for_each_tile(team, samples, [&](std::int64_t n, std::int64_t t) { apply(first + n, tile(t)); });
-  }
-
  private:
-  Tile tile(std::int64_t t) const { return tiling_.tile(t); }
-
-  template <class F>
-  static void for_each(Team team, std::int64_t count, const F& f) {
-    const auto [begin, end] = team.share(count);
-    for (std::int64_t i = begin; i < end; ++i) f(i);
-  }
-
-  template <class F>
-  void for_each_tile(Team team, std::int64_t samples, const F& f) const {
-    for_each(team, samples * tiling_.count, [&](std::int64_t u) { f(u / tiling_.count, u % tiling_.count); });
-  }
-
-  Tiling tiling_;
   std::int64_t channels_;
   bool whole_channels_;
   std::int64_t rows_per_team_;  // of partial sums, ChannelsLast

@@ -14,7 +14,7 @@ at::Tensor squeeze(const at::Tensor& input) {
 
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];
   const Schedule schedule = Schedule::of(x, 1, 0);
-  const Tiles tiles(x, schedule, type);
+  const Reduction tiles(x, schedule, type);
   schedule.run(x.samples, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
     tiles.reduce(team, index, first, samples, x.slab.points, Pointer(z),
                  [&](std::int64_t n, Tile tile, void* sums) { map.squeeze(x.slab, tile, x.sample(n), sums); });

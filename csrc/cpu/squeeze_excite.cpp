@@ -13,26 +13,31 @@ namespace {
 using at::Tensor;
 using checks::OptionalTensor;
 
-// The small tensors of the forward pass: z [N, C], hidden [N, M], scale [N, C], in the accumulation type.
-struct Small {
-  Tensor z, hidden, scale;
+// y, and the small tensors of the forward pass: z [N, C], hidden [N, M], scale [N, C], in the accumulation type.
+struct Forward {
+  Tensor y, z, hidden, scale;
 };
 
-// y = post(s ⊙ x + residual), y in x's layout; y may be x.
-Small forward(const FeatureMap& x, const Excitation& e, const OptionalTensor& residual, Activation post,
-              const Tensor& y) {
+// y = post(s ⊙ x + residual), in x's layout: a new tensor, or x itself. The small tensors are allocated before y, also
+// where they are dropped right after: an allocator that carves them out of what the last y left behind would have to
+// put the next y elsewhere, out of cache.
+Forward forward(const FeatureMap& x, const Excitation& e, const OptionalTensor& residual, Activation post,
+                bool in_place) {
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels(), slab = x.slab_elements();
   const auto type = accumulation_type(x.tensor.scalar_type());
-  Small small{empty_matrix(N, C, x.tensor, type), empty_matrix(N, M, x.tensor, type),
-              empty_matrix(N, C, x.tensor, type)};
-  const Tensor h = at::empty_like(small.hidden);
   const Tensor r = residual.has_value() ? x.in_my_layout(*residual) : Tensor();
-  const Pointer z_at(small.z), hidden_at(small.hidden), h_at(h), scale_at(small.scale), y_at(y);
+  const Schedule schedule = Schedule::of(x, r.defined() ? 3 : 2, e.weight_bytes());
+  const Reduction tiles(x, schedule, type);
+  Forward f;
+  f.z = empty_matrix(N, C, x.tensor, type);
+  f.hidden = empty_matrix(N, M, x.tensor, type);
+  f.scale = empty_matrix(N, C, x.tensor, type);
+  const Tensor h = at::empty_like(f.hidden);
+  f.y = in_place ? x.tensor : empty_map_like(x.tensor);
+  const Pointer z_at(f.z), hidden_at(f.hidden), h_at(h), scale_at(f.scale), y_at(f.y);
   const Pointer residual_at = r.defined() ? Pointer(r) : Pointer();
 
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];
-  const Schedule schedule = Schedule::of(x, r.defined() ? 3 : 2, e.weight_bytes());
-  const Tiles tiles(x, schedule, type);
   schedule.run(N, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
     tiles.reduce(team, index, first, samples, x.slab.points, z_at,
                  [&](std::int64_t n, Tile tile, void* sums) { map.squeeze(x.slab, tile, x.sample(n), sums); });
@@ -41,7 +46,7 @@ Small forward(const FeatureMap& x, const Excitation& e, const OptionalTensor& re
       map.rescale(x.slab, tile, {x.sample(n), scale_at.at(n * C), residual_at.at(n * slab), y_at.at(n * slab), post});
     });
   });
-  return small;
+  return f;
 }
 
 // (y, z, hidden, scale): what backward needs besides the inputs.
@@ -54,9 +59,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(const Tensor& 
   checks::squeeze_excite(op, input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
   const FeatureMap x(input);
   const Excitation e(w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
-  Tensor y = empty_map_like(x.tensor);
-  Small small = forward(x, e, residual, parse_activation(op, "post_activation", post_activation), y);
-  return {y, small.z, small.hidden, small.scale};
+  const Forward f = forward(x, e, residual, parse_activation(op, "post_activation", post_activation), false);
+  return {f.y, f.z, f.hidden, f.scale};
 }
 
 Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
@@ -76,7 +80,7 @@ Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b
   checks::apart(op, input, residual, {{"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}});
   const FeatureMap x(input);
   const Excitation e(w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
-  forward(x, e, residual, parse_activation(op, "post_activation", post_activation), x.tensor);
+  forward(x, e, residual, parse_activation(op, "post_activation", post_activation), true);
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
   return input;
 }
@@ -84,24 +88,29 @@ Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b
 // (grad_input, grad_w1, grad_b1, grad_w2, grad_b2, grad_residual), those that the mask asks for.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-    const OptionalTensor& b2, const Tensor& z, const Tensor& hidden, const Tensor& scale, const OptionalTensor& saved,
-    std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 6> mask) {
+    const OptionalTensor& b2, const Tensor& z_, const Tensor& hidden_, const Tensor& scale_,
+    const OptionalTensor& saved, std::string_view activation, std::string_view gate, std::string_view post_activation,
+    std::array<bool, 6> mask) {
   const char* op = "squeeze_excite";
   checks::squeeze_excite(op, input, {w1, b1, w2, b2, activation, gate}, saved, post_activation);
   checks::same_shape(op, "grad_output", grad_output, input);
   const auto type = accumulation_type(input.scalar_type());
-  checks::saved(op, "z", z, input.size(0), input.size(1), type);
-  checks::saved(op, "hidden", hidden, input.size(0), w1.size(0), type);
-  checks::saved(op, "scale", scale, input.size(0), input.size(1), type);
+  checks::saved(op, "z", z_, input.size(0), input.size(1), type);
+  checks::saved(op, "hidden", hidden_, input.size(0), w1.size(0), type);
+  checks::saved(op, "scale", scale_, input.size(0), input.size(1), type);
   const FeatureMap x(input);
   const Excitation e(w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
   const std::int64_t N = x.samples, C = e.channels(), slab = x.slab_elements();
   const Tensor g = x.in_my_layout(grad_output);
   const Tensor kept = saved.has_value() ? x.in_my_layout(*saved) : Tensor();
+  const Tensor z = z_.contiguous(), hidden = hidden_.contiguous(), scale = scale_.contiguous();
+  const Schedule schedule = Schedule::of(x, kept.defined() ? 4 : 3, e.weight_bytes());
+  const Reduction tiles(x, schedule, type);
+  const Tensor h = at::empty_like(hidden), grad_hidden = at::empty_like(hidden);
+  const Tensor grad_t = at::empty_like(z), grad_z = at::empty_like(z);
+  Excitation::Gradients grads = e.empty_gradients({mask[1], mask[2], mask[3], mask[4]});
   Tensor grad_input = mask[0] ? empty_map_like(x.tensor) : Tensor();
   Tensor grad_residual = mask[5] ? empty_map_like(x.tensor) : Tensor();
-  const Tensor h = at::empty_like(hidden), grad_hidden = at::empty_like(hidden);
-  const Tensor grad_t = empty_matrix(N, C, x.tensor, type), grad_z = at::empty_like(grad_t);
 
   const auto pointer = [](const Tensor& t) { return t.defined() ? Pointer(t) : Pointer(); };
   const Pointer g_at(g), s_at(scale), kept_at = pointer(kept), gx_at = pointer(grad_input),
@@ -114,8 +123,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
 
   e.activate(N, Pointer(hidden), Pointer(h));
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];
-  const Schedule schedule = Schedule::of(x, kept.defined() ? 4 : 3, e.weight_bytes());
-  const Tiles tiles(x, schedule, type);
   schedule.run(N, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
     tiles.reduce(team, index, first, samples, 1, Pointer(grad_t), [&](std::int64_t n, Tile tile, void* sums) {
       map.rescale_backward_reduce(x.slab, tile, at_sample(n), sums);
@@ -127,7 +134,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
                   [&](std::int64_t n, Tile tile) { map.rescale_backward_apply(x.slab, tile, at_sample(n)); });
     }
   });
-  Excitation::Gradients grads = e.empty_gradients({mask[1], mask[2], mask[3], mask[4]});
   e.weight_gradients(N, Pointer(z), Pointer(h), Pointer(grad_t), Pointer(grad_hidden), grads);
   return {grad_input, grads.w1, grads.b1, grads.w2, grads.b2, grad_residual};
 }

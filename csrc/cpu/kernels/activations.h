@@ -77,6 +77,11 @@ SE_EXT_INLINE V gradient(V g, V q) {
   }
 }
 
+// A few instructions, so that a pass with it waits for memory alone.
+static constexpr bool is_cheap(Activation a) {
+  return a == Activation::Identity || a == Activation::Relu || a == Activation::Relu6 || a == Activation::LeakyRelu;
+}
+
 template <Activation A>
 struct Of {
   static constexpr Activation value = A;

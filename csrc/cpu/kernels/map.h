@@ -37,14 +37,16 @@ void rescale(const Slab& slab, Tile tile, const Rescale& r) {
   T* y = static_cast<T*>(r.y);
   dispatch_layout(slab.layout, [&]<Layout layout>() {
     dispatch(r.post, [&](auto post) {
-      visit_tile<layout, A>(slab, tile, [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+      const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
         const PerChannel<layout, A> scale(scales, channels);
         return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
           Vec<A> v = scale.at(c, lanes) * load(x + i, lanes);
           if (residual) v += load(residual + i, lanes);
-          store(y + i, activate<post.value>(v), lanes);
+          return activate<post.value>(v);
         };
-      });
+      };
+      const auto write = [=](std::int64_t i, Vec<A> v, auto lanes) SE_EXT_ALWAYS_INLINE { store(y + i, v, lanes); };
+      visit_tile<layout, A, is_cheap(post.value)>(slab, tile, factory, write);
     });
   });
 }
@@ -52,6 +54,7 @@ void rescale(const Slab& slab, Tile tile, const Rescale& r) {
 // gv = g ⊙ post'(v) at one register; see RescaleBackward for what `saved` is.
 template <class T, Activation post>
 struct GradientOfSum {
+  static constexpr Activation activation = post;
   const T* grad;
   const T* x;
   const T* saved;
@@ -97,6 +100,11 @@ void rescale_backward_reduce(const Slab& slab, Tile tile, const RescaleBackward&
   });
 }
 
+template <class A>
+struct Both {
+  Vec<A> grad_x, grad_residual;
+};
+
 // grad_x = gv ⊙ scale + grad_mean, grad_residual = gv        reads g (and x, saved, where post needs them) once
 template <class T>
 void rescale_backward_apply(const Slab& slab, Tile tile, const RescaleBackward& b) {
@@ -106,16 +114,20 @@ void rescale_backward_apply(const Slab& slab, Tile tile, const RescaleBackward& 
   T* grad_x = static_cast<T*>(b.grad_x);
   T* grad_residual = static_cast<T*>(b.grad_residual);
   dispatch_backward<T>(slab, b, [&]<Layout layout>(auto gv) {
-    visit_tile<layout, A>(slab, tile, [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+    const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
       const PerChannel<layout, A> scale(scales, channels);
       const PerChannel<layout, A> mean(grad_mean, channels);
       return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
         const Vec<A> s = scale.at(c, lanes);
         const Vec<A> g = gv.at(i, s, lanes);
-        if (grad_x) store(grad_x + i, g * s + mean.at(c, lanes), lanes);
-        if (grad_residual) store(grad_residual + i, g, lanes);
+        return Both<A>{g * s + mean.at(c, lanes), g};
       };
-    });
+    };
+    const auto write = [=](std::int64_t i, Both<A> v, auto lanes) SE_EXT_ALWAYS_INLINE {
+      if (grad_x) store(grad_x + i, v.grad_x, lanes);
+      if (grad_residual) store(grad_residual + i, v.grad_residual, lanes);
+    };
+    visit_tile<layout, A, is_cheap(gv.activation)>(slab, tile, factory, write);
   });
 }
 

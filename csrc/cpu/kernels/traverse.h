@@ -11,10 +11,11 @@
 
 namespace se_ext::cpu::SE_EXT_ISA {
 
-inline constexpr int kChains = 4;                 // independent accumulators hide the latency of an addition
-inline constexpr int kLongRow = 16;               // registers from which a row is worth kChains accumulators
-inline constexpr std::int64_t kRowBlock = 4096;   // a long row is summed in blocks: the error grows with P / 4096
-inline constexpr std::int64_t kPointsAtOnce = 4;  // points added as a tree before they meet the running sum
+inline constexpr int kChains = 4;                  // independent accumulators hide the latency of an addition
+inline constexpr int kLongRow = 16;                // registers from which a row is worth kChains accumulators
+inline constexpr std::int64_t kRowBlock = 4096;    // a long row is summed in blocks: the error grows with P / 4096
+inline constexpr std::int64_t kPointsAtOnce = 4;   // points added as a tree before they meet the running sum, …
+inline constexpr std::int64_t kFewChannels = 128;  // … where a point is short; long ones stream better one by one
 
 // Whose values a ChannelsFirst register needs: all lanes are `channel`'s, or, where a row ends inside the register,
 // the first lanes are and the others are the next channel's.
@@ -126,7 +127,7 @@ SE_EXT_INLINE void sum_columns(const Slab& slab, Tile tile, A* sums, Factory&& f
   const auto f = factory(Channels{0});
   for_lanes<A>(C, [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { store(sums + c, Vec<A>{}, lanes); });
   std::int64_t p = tile.begin;
-  for (; p + kPointsAtOnce <= tile.end; p += kPointsAtOnce) {
+  for (; C <= kFewChannels && p + kPointsAtOnce <= tile.end; p += kPointsAtOnce) {
     for_lanes<A>(C, [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
       const std::int64_t i = p * C + c;
       const Vec<A> sum = (f(i, c, lanes) + f(i + C, c, lanes)) + (f(i + 2 * C, c, lanes) + f(i + 3 * C, c, lanes));
@@ -149,39 +150,71 @@ SE_EXT_INLINE void sum_tile(const Slab& slab, Tile tile, A* sums, Factory&& fact
   }
 }
 
+// Four neighbouring registers, all read before any is written. Torch's tensors often lie a multiple of 4096 bytes and
+// a few cache lines apart; then a load right behind a store looks as if it read what was just stored, and waits.
+template <class A, class Compute, class Write>
+SE_EXT_INLINE void visit_four(std::int64_t i, std::int64_t channel, std::int64_t step, const Compute& compute,
+                              const Write& write) {
+  constexpr int L = kLanes<A>;
+  const auto v0 = compute(i, channel, All{}), v1 = compute(i + L, channel + step, All{}),
+             v2 = compute(i + 2 * L, channel + 2 * step, All{}), v3 = compute(i + 3 * L, channel + 3 * step, All{});
+  write(i, v0, All{});
+  write(i + L, v1, All{});
+  write(i + 2 * L, v2, All{});
+  write(i + 3 * L, v3, All{});
+}
+
 // ChannelsFirst is walked as one contiguous run: a register in which a row ends belongs to two channels, so that stores
 // stay whole (and aligned, where the slab is) whatever P is. Rows shorter than a register are visited one by one.
-template <class A, class Factory>
-SE_EXT_INLINE void visit_rows(const Slab& slab, Tile tile, Factory&& factory) {
+template <class A, bool kCheap, class Factory, class Write>
+SE_EXT_INLINE void visit_rows(const Slab& slab, Tile tile, const Factory& factory, const Write& write) {
   constexpr int L = kLanes<A>;
   const std::int64_t end = tile.end * slab.points;
   std::int64_t i = tile.begin * slab.points;
   for (std::int64_t c = tile.begin; c < tile.end; ++c) {
     const std::int64_t row_end = (c + 1) * slab.points;
-    const auto f = factory(Channels{c});
-    for (; i + L <= row_end; i += L) f(i, c, All{});
+    const auto compute = factory(Channels{c});
+    if constexpr (kCheap) {
+      for (; i + 4 * L <= row_end; i += 4 * L) visit_four<A>(i, c, 0, compute, write);
+    }
+    for (; i + L <= row_end; i += L) write(i, compute(i, c, All{}), All{});
     const int rest = static_cast<int>(row_end - i);
     if (rest <= 0) continue;
     if (i + L <= end && slab.points >= L) {
-      factory(Channels{c, rest})(i, c, All{});
+      const auto straddle = factory(Channels{c, rest});
+      write(i, straddle(i, c, All{}), All{});
       i += L;
     } else {
-      f(i, c, First{rest});
+      write(i, compute(i, c, First{rest}), First{rest});
       i = row_end;
     }
   }
 }
 
-template <Layout layout, class A, class Factory>
-SE_EXT_INLINE void visit_tile(const Slab& slab, Tile tile, Factory&& factory) {
-  if constexpr (layout == Layout::ChannelsFirst) {
-    visit_rows<A>(slab, tile, factory);
-  } else {
-    const auto f = factory(Channels{0});
-    for (std::int64_t p = tile.begin; p < tile.end; ++p) {
-      const std::int64_t pixel = p * slab.channels;
-      for_lanes<A>(slab.channels, [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { f(pixel + c, c, lanes); });
+template <class A, bool kCheap, class Factory, class Write>
+SE_EXT_INLINE void visit_columns(const Slab& slab, Tile tile, const Factory& factory, const Write& write) {
+  constexpr int L = kLanes<A>;
+  const std::int64_t C = slab.channels;
+  const auto compute = factory(Channels{0});
+  for (std::int64_t p = tile.begin; p < tile.end; ++p) {
+    std::int64_t c = 0;
+    if constexpr (kCheap) {
+      for (; c + 4 * L <= C; c += 4 * L) visit_four<A>(p * C + c, c, L, compute, write);
     }
+    for (; c + L <= C; c += L) write(p * C + c, compute(p * C + c, c, All{}), All{});
+    const First rest{static_cast<int>(C - c)};
+    if (rest.count > 0) write(p * C + c, compute(p * C + c, c, rest), rest);
+  }
+}
+
+// compute(offset, channel, lanes) reads, write(offset, value, lanes) stores, at every register of the tile. kCheap:
+// compute waits for memory alone, so that four at a time are worth their code.
+template <Layout layout, class A, bool kCheap, class Factory, class Write>
+SE_EXT_INLINE void visit_tile(const Slab& slab, Tile tile, const Factory& factory, const Write& write) {
+  if constexpr (layout == Layout::ChannelsFirst) {
+    visit_rows<A, kCheap>(slab, tile, factory, write);
+  } else {
+    visit_columns<A, kCheap>(slab, tile, factory, write);
   }
 }
 
