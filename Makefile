@@ -23,10 +23,10 @@ bench: $(BUILD)  ## time se_ext against eager and torch.compile on every real SE
 	$(BIN)/python benchmarks/run.py --out $(RESULTS) $(ARGS)
 	$(MAKE) readme
 
-readme: $(BUILD)  ## write the benchmark's table and pictures from its results file
+readme: $(DEPS)  ## write the benchmark's table and pictures from its results file
 	$(BIN)/python benchmarks/report.py $(RESULTS) --readme README.md --plots benchmarks/results
 
-lint: $(BUILD)  ## ruff, clang-format, mypy, and the README's table against its results file
+lint: $(DEPS)  ## ruff, clang-format, mypy, and the README's table against its results file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)

@@ -1,12 +1,20 @@
-"""Takes the allocator's page faults out of a comparison of kernels."""
+"""Takes the allocator's page faults, and its choice of place, out of a comparison of kernels."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-# glibc then serves every size from one heap and never gives memory back, so a fresh output reuses warm pages.
-SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+# With the first two, glibc serves every size from one heap and never gives memory back, so a fresh output reuses warm
+# pages. With the third it puts it where the last one was: torch asks for aligned memory, whose trimmed ends would
+# otherwise wait in small-block caches, so that the hole a freed output leaves is a few bytes short for the next one,
+# and outputs move between two or three places. That doubles what must fit the cache and made rows differ by 2x from
+# process to process, for eager and for the clone as well.
+SETTINGS = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
+}
 
 
 def take_page_faults_out() -> None:

@@ -14,7 +14,7 @@ Step = Callable[[], object]
 
 # Untimed calls before every block. Each variant's output lies elsewhere in memory, and the first calls after a turn
 # fetch it from far memory while the others' leave the cache: without a lead-in that, not the kernels, decides between
-# variants whose blocks are a few calls long (measured: the same step 172 µs in one process, 650 µs in the next).
+# variants whose blocks are a few calls long.
 LEAD_IN_CALLS = 3
 
 

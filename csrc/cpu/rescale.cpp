@@ -3,6 +3,7 @@
 #include "../checks.h"
 #include "../names.h"
 #include "schedule.h"
+#include "scratch.h"
 
 namespace se_ext::cpu {
 namespace {
@@ -59,7 +60,9 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
   const Tensor g = x.in_my_layout(grad_output);
   const Tensor kept = saved.has_value() ? x.in_my_layout(*saved) : Tensor();
   const Schedule schedule = Schedule::of(x, 3, 0);
-  const Reduction tiles(x, schedule, type);
+  Reduction tiles(x, schedule, type);
+  Scratch scratch(tiles.scratch_items(), 1, input.options().dtype(type));
+  tiles.use(scratch.take(tiles.scratch_items()));
   const Tensor grad_scale = empty_matrix(x.samples, x.slab.channels, input, type);
   Tensor grad_input = mask[0] ? empty_map_like(x.tensor) : Tensor();
   Tensor grad_residual = mask[2] ? empty_map_like(x.tensor) : Tensor();

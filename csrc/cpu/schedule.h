@@ -61,7 +61,7 @@ class Tiles {
   Tiling tiling_;
 };
 
-// The pass that reduces a slab to one value per channel, with the scratch memory that takes.
+// The pass that reduces a slab to one value per channel. In ChannelsLast it needs scratch memory for partial sums.
 class Reduction : public Tiles {
  public:
   Reduction(const FeatureMap& map, const Schedule& schedule, at::ScalarType accumulate)
@@ -69,11 +69,11 @@ class Reduction : public Tiles {
         channels_(map.slab.channels),
         whole_channels_(map.slab.layout == Layout::ChannelsFirst),
         rows_per_team_(whole_channels_ ? 0 : (schedule.by_sample ? 1 : schedule.block * tiling_.count)),
-        vector_(accumulate == at::kDouble ? kernels().vector_double : kernels().vector_float) {
-    if (whole_channels_) return;
-    partials_ = at::empty({rows_per_team_ * schedule.teams(), channels_}, map.tensor.options().dtype(accumulate));
-    partial_ = Pointer(partials_);
-  }
+        teams_(schedule.teams()),
+        vector_(accumulate == at::kDouble ? kernels().vector_double : kernels().vector_float) {}
+
+  std::int64_t scratch_items() const { return rows_per_team_ * teams_ * channels_; }
+  void use(Pointer scratch) { partial_ = scratch; }
 
   // out[n, c] = (Σ over tiles of what reduce(n, tile, sums) sums up) / divisor. Ends with a barrier.
   // ChannelsFirst: a tile has its channels to itself. ChannelsLast: a tile sums up a row of partial sums, and the rows
@@ -115,7 +115,7 @@ class Reduction : public Tiles {
   std::int64_t channels_;
   bool whole_channels_;
   std::int64_t rows_per_team_;  // of partial sums, ChannelsLast
-  at::Tensor partials_;
+  int teams_;
   Pointer partial_;
   const VectorKernels& vector_;
 };

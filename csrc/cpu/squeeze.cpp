@@ -2,6 +2,7 @@
 
 #include "../checks.h"
 #include "schedule.h"
+#include "scratch.h"
 
 namespace se_ext::cpu {
 namespace {
@@ -14,7 +15,9 @@ at::Tensor squeeze(const at::Tensor& input) {
 
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];
   const Schedule schedule = Schedule::of(x, 1, 0);
-  const Reduction tiles(x, schedule, type);
+  Reduction tiles(x, schedule, type);
+  Scratch scratch(tiles.scratch_items(), 1, input.options().dtype(type));
+  tiles.use(scratch.take(tiles.scratch_items()));
   schedule.run(x.samples, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
     tiles.reduce(team, index, first, samples, x.slab.points, Pointer(z),
                  [&](std::int64_t n, Tile tile, void* sums) { map.squeeze(x.slab, tile, x.sample(n), sums); });

@@ -1,0 +1,3 @@
+"""What setup.py writes into _build.py."""
+
+TORCH_VERSION: str
