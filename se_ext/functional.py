@@ -124,8 +124,9 @@ def squeeze_excite(
     r"""The whole Squeeze-and-Excitation block, fused.
 
     z = squeeze(input); s = excite(z, w1, b1, w2, b2); y = post_activation(s ⊙ input + residual). The batch is worked
-    on in blocks that stay in cache from the squeeze to the rescale. For backward, input, the residual-free small
-    tensors [N, C] and [N, M], and, where post_activation needs it, the output are kept; nothing else of input's size.
+    on in blocks that stay in cache from the squeeze to the rescale. For backward, input and small tensors
+    [N, C] and [N, M] are kept; with a residual and a post_activation also the output, or the residual where the slope
+    does not follow from the output (silu, gelu, hardswish); nothing else of input's size.
 
     Args:
         input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16; contiguous,
