@@ -11,11 +11,10 @@
 
 namespace se_ext::cpu::SE_EXT_ISA {
 
-inline constexpr int kChains = 4;                  // independent accumulators hide the latency of an addition
-inline constexpr int kLongRow = 16;                // registers from which a row is worth kChains accumulators
-inline constexpr std::int64_t kRowBlock = 4096;    // a long row is summed in blocks: the error grows with P / 4096
-inline constexpr std::int64_t kPointsAtOnce = 4;   // points added as a tree before they meet the running sum, …
-inline constexpr std::int64_t kFewChannels = 128;  // … where a point is short; long ones stream better one by one
+inline constexpr int kChains = 4;                // independent accumulators hide the latency of an addition
+inline constexpr int kLongRow = 16;              // registers from which a row is worth kChains accumulators
+inline constexpr std::int64_t kRowBlock = 4096;  // a long row is summed in blocks: the error grows with P / 4096
+inline constexpr int kColumnSums = 8;            // registers that hold the sums of a band of channels
 
 // Whose values a ChannelsFirst register needs: all lanes are `channel`'s, or, where a row ends inside the register,
 // the first lanes are and the others are the next channel's.
@@ -120,25 +119,51 @@ SE_EXT_INLINE void sum_rows(const Slab& slab, Tile tile, A* sums, Factory&& fact
   for (; c < tile.end; ++c) sums[c] = sum_lanes(row(c));
 }
 
-// sums[c] = Σ_p f(p, c) over the tile's points, for all channels. The running sums stay in the first-level cache.
+// A band of kWidth registers of channels, summed over the tile's points in kColumnSums registers: narrow bands take
+// several points at once, as separate sums that are added in the end.
+template <class A, int kWidth, class Visitor, class L>
+SE_EXT_INLINE void sum_band(std::int64_t C, Tile tile, std::int64_t c, A* sums, const Visitor& f, L lanes) {
+  constexpr int kPoints = kColumnSums / kWidth;
+  Vec<A> sum[kPoints][kWidth] = {};
+  const auto add = [&](Vec<A>* to, std::int64_t p) SE_EXT_ALWAYS_INLINE {
+    for (int r = 0; r < kWidth; ++r) to[r] += f(p * C + c + r * kLanes<A>, c + r * kLanes<A>, lanes);
+  };
+  std::int64_t p = tile.begin;
+  for (; p + kPoints <= tile.end; p += kPoints) {
+    for (int k = 0; k < kPoints; ++k) add(sum[k], p + k);
+  }
+  for (int k = 0; k < kPoints - 1; ++k) {
+    if (p + k < tile.end) add(sum[k], p + k);
+  }
+  for (int step = kPoints / 2; step > 0; step /= 2) {
+    for (int k = 0; k < step; ++k) {
+      for (int r = 0; r < kWidth; ++r) sum[k][r] += sum[k + step][r];
+    }
+  }
+  for (int r = 0; r < kWidth; ++r) store(sums + c + r * kLanes<A>, sum[0][r], lanes);
+}
+
+// sums[c] = Σ_p f(p, c) over the tile's points, for all channels.
 template <class A, class Factory>
 SE_EXT_INLINE void sum_columns(const Slab& slab, Tile tile, A* sums, Factory&& factory) {
+  constexpr int L = kLanes<A>;
   const std::int64_t C = slab.channels;
   const auto f = factory(Channels{0});
-  for_lanes<A>(C, [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { store(sums + c, Vec<A>{}, lanes); });
-  std::int64_t p = tile.begin;
-  for (; C <= kFewChannels && p + kPointsAtOnce <= tile.end; p += kPointsAtOnce) {
-    for_lanes<A>(C, [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-      const std::int64_t i = p * C + c;
-      const Vec<A> sum = (f(i, c, lanes) + f(i + C, c, lanes)) + (f(i + 2 * C, c, lanes) + f(i + 3 * C, c, lanes));
-      store(sums + c, load(sums + c, lanes) + sum, lanes);
-    });
+  std::int64_t c = 0;
+  for (; c + 8 * L <= C; c += 8 * L) sum_band<A, 8>(C, tile, c, sums, f, All{});
+  if (c + 4 * L <= C) {
+    sum_band<A, 4>(C, tile, c, sums, f, All{});
+    c += 4 * L;
   }
-  for (; p < tile.end; ++p) {
-    for_lanes<A>(C, [=](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-      store(sums + c, load(sums + c, lanes) + f(p * C + c, c, lanes), lanes);
-    });
+  if (c + 2 * L <= C) {
+    sum_band<A, 2>(C, tile, c, sums, f, All{});
+    c += 2 * L;
   }
+  if (c + L <= C) {
+    sum_band<A, 1>(C, tile, c, sums, f, All{});
+    c += L;
+  }
+  if (c < C) sum_band<A, 1>(C, tile, c, sums, f, First{static_cast<int>(C - c)});
 }
 
 template <Layout layout, class A, class Factory>
