@@ -7,51 +7,35 @@
 
 namespace se_ext::cpu::SE_EXT_ISA {
 
-// out[b, r] = Σ_k w[r, k] in[b, k] + bias[r]      for kRows rows and kSamples samples, each weight loaded once
+// Rows and samples of one block of dot products: their sums, and what is loaded beside them, fill the registers.
+inline constexpr int kDotRows = kVectorBytes == 64 ? 4 : 3;
+inline constexpr int kDotSamples = 4;
+
+// out[b, r] = Σ_k w[r, k] in[b, k] + bias[r] for kRows rows and kSamples samples, each weight loaded once.
 template <int kRows, int kSamples, class T, class A>
-SE_EXT_INLINE void dot_block(std::int64_t columns, const T* w, const A* in, std::int64_t in_stride, A* sums) {
-  constexpr int kSums = kRows * kSamples;
-  Vec<A> acc[kSums] = {};
+SE_EXT_INLINE void dot_block(std::int64_t columns, const T* w, const T* bias, const A* in, A* out,
+                             std::int64_t out_stride) {
+  Vec<A> acc[kRows][kSamples] = {};
   for_lanes<A>(columns, [&](std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
-    Vec<A> z[kSamples];
-    for (int b = 0; b < kSamples; ++b) z[b] = load(in + b * in_stride + k, lanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<A> weight = load(w + r * columns + k, lanes);
-      for (int b = 0; b < kSamples; ++b) acc[r * kSamples + b] += weight * z[b];
+    Vec<A> weight[kRows];
+    for (int r = 0; r < kRows; ++r) weight[r] = load(w + r * columns + k, lanes);
+    for (int b = 0; b < kSamples; ++b) {
+      const Vec<A> z = load(in + b * columns + k, lanes);
+      for (int r = 0; r < kRows; ++r) acc[r][b] += weight[r] * z;
     }
   });
-  if constexpr (kSums % 4 == 0) {
-    for (int i = 0; i < kSums; i += 4) sum_lanes_of_four(acc + i, sums + i);
-  } else {
-    for (int i = 0; i < kSums; ++i) sums[i] = sum_lanes(acc[i]);
-  }
-}
-
-// One block of samples against rows [begin, end).
-template <int kSamples, class T, class A>
-SE_EXT_INLINE void dot_rows(std::int64_t columns, const T* w, const T* bias, const A* in, A* out,
-                            std::int64_t out_stride, std::int64_t begin, std::int64_t end) {
-  constexpr int kRows = 4;
-  const auto finish = [&](std::int64_t r, int rows, const A* sums) {
-    for (int i = 0; i < rows; ++i) {
-      const A offset = bias ? load_one(bias + r + i) : A(0);
-      for (int b = 0; b < kSamples; ++b) out[b * out_stride + r + i] = sums[i * kSamples + b] + offset;
-    }
-  };
   A sums[kRows * kSamples];
-  std::int64_t r = begin;
-  for (; r + kRows <= end; r += kRows) {
-    dot_block<kRows, kSamples>(columns, w + r * columns, in, columns, sums);
-    finish(r, kRows, sums);
-  }
-  for (; r < end; ++r) {
-    dot_block<1, kSamples>(columns, w + r * columns, in, columns, sums);
-    finish(r, 1, sums);
+  constexpr int kWhole = kRows * kSamples / 4 * 4;
+  for (int i = 0; i < kWhole; i += 4) sum_lanes_of_four(&acc[0][0] + i, sums + i);
+  for (int i = kWhole; i < kRows * kSamples; ++i) sums[i] = sum_lanes((&acc[0][0])[i]);
+  for (int r = 0; r < kRows; ++r) {
+    const A offset = bias ? load_one(bias + r) : A(0);
+    for (int b = 0; b < kSamples; ++b) out[b * out_stride + r] = sums[r * kSamples + b] + offset;
   }
 }
 
-// out [samples, rows] = in [samples, columns] · wᵀ + bias, w [rows, columns]; only rows [begin, end).
-// Reads w once per block of four samples.
+// out [samples, rows] = in [samples, columns] · wᵀ + bias, w [rows, columns]; only rows [begin, end). A few rows of w
+// at a time meet all samples, so that w, the larger of the two, is read from far once.
 template <class T>
 void matvec(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_, const void* bias_,
             const void* in_, void* out_, std::int64_t begin, std::int64_t end) {
@@ -60,9 +44,18 @@ void matvec(std::int64_t samples, std::int64_t rows, std::int64_t columns, const
   const T* bias = static_cast<const T*>(bias_);
   const A* in = static_cast<const A*>(in_);
   A* out = static_cast<A*>(out_);
-  std::int64_t n = 0;
-  for (; n + 4 <= samples; n += 4) dot_rows<4>(columns, w, bias, in + n * columns, out + n * rows, rows, begin, end);
-  for (; n < samples; ++n) dot_rows<1>(columns, w, bias, in + n * columns, out + n * rows, rows, begin, end);
+  const auto block = [&]<int kRows>(std::int64_t r) SE_EXT_ALWAYS_INLINE {
+    const auto of = [&]<int kSamples>(std::int64_t n) SE_EXT_ALWAYS_INLINE {
+      dot_block<kRows, kSamples>(columns, w + r * columns, bias ? bias + r : nullptr, in + n * columns,
+                                 out + n * rows + r, rows);
+    };
+    std::int64_t n = 0;
+    for (; n + kDotSamples <= samples; n += kDotSamples) of.template operator()<kDotSamples>(n);
+    for (; n < samples; ++n) of.template operator()<1>(n);
+  };
+  std::int64_t r = begin;
+  for (; r + kDotRows <= end; r += kDotRows) block.template operator()<kDotRows>(r);
+  for (; r < end; ++r) block.template operator()<1>(r);
 }
 
 // kSamples samples and kRegisters registers of columns: out[b, k] = Σ_r in[b, r] w[r, k], rows in order.
@@ -80,33 +73,30 @@ SE_EXT_INLINE void combine_block(std::int64_t rows, std::int64_t columns, const 
   }
 }
 
-template <int kSamples, class T, class A>
-SE_EXT_INLINE void combine_columns(std::int64_t rows, std::int64_t columns, const T* w, const A* in, A* out,
-                                   std::int64_t begin, std::int64_t end) {
-  constexpr int kRegisters = 2;
-  constexpr std::int64_t kWide = kRegisters * kLanes<A>;
-  std::int64_t k = begin;
-  for (; k + kWide <= end; k += kWide) {
-    combine_block<kSamples, kRegisters>(rows, columns, w + k, in, out + k, All{});
-  }
-  for_lanes<A>(end - k, [&](std::int64_t i, auto lanes) {
-    combine_block<kSamples, 1>(rows, columns, w + k + i, in, out + k + i, lanes);
-  });
-}
-
-// out [samples, columns] = in [samples, rows] · w, w [rows, columns]; only columns [begin, end).
+// out [samples, columns] = in [samples, rows] · w, w [rows, columns]; only columns [begin, end). A few columns of w at
+// a time meet all samples.
 template <class T>
 void vecmat(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_, const void* in_, void* out_,
             std::int64_t begin, std::int64_t end) {
   using A = acc_t<T>;
+  constexpr int kRegisters = 2;
+  constexpr std::int64_t kWide = kRegisters * kLanes<A>;
   const T* w = static_cast<const T*>(w_);
   const A* in = static_cast<const A*>(in_);
   A* out = static_cast<A*>(out_);
-  std::int64_t n = 0;
-  for (; n + 4 <= samples; n += 4) {
-    combine_columns<4>(rows, columns, w, in + n * rows, out + n * columns, begin, end);
-  }
-  for (; n < samples; ++n) combine_columns<1>(rows, columns, w, in + n * rows, out + n * columns, begin, end);
+  const auto band = [&]<int kWidth>(std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
+    std::int64_t n = 0;
+    for (; n + 4 <= samples; n += 4) {
+      combine_block<4, kWidth>(rows, columns, w + k, in + n * rows, out + n * columns + k, lanes);
+    }
+    for (; n < samples; ++n) {
+      combine_block<1, kWidth>(rows, columns, w + k, in + n * rows, out + n * columns + k, lanes);
+    }
+  };
+  std::int64_t k = begin;
+  for (; k + kWide <= end; k += kWide) band.template operator()<kRegisters>(k, All{});
+  for_lanes<A>(end - k,
+               [&](std::int64_t i, auto lanes) SE_EXT_ALWAYS_INLINE { band.template operator()<1>(k + i, lanes); });
 }
 
 // out [rows, columns] = aᵀ · b, a [samples, rows], b [samples, columns], samples in order; only rows [begin, end).
