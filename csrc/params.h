@@ -50,6 +50,7 @@ struct Rescale {
   const void* residual;
   void* y;
   Activation post;
+  bool streaming = false;  // y is too large to be found in cache by who reads it next: write it past the caches
 };
 
 // The backward of Rescale on one sample, g = dL/dy. `saved` is y where slope_from_output(post), else the residual;
@@ -65,6 +66,7 @@ struct RescaleBackward {
   void* grad_x;         // null: not wanted
   void* grad_residual;  // null: not wanted
   Activation post;
+  bool streaming = false;  // as in Rescale, for grad_x where it is wanted alone
 };
 
 }  // namespace se_ext

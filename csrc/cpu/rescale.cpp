@@ -20,11 +20,13 @@ void run(const FeatureMap& x, const Tensor& scale, const OptionalTensor& residua
 
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];
   const Schedule schedule = Schedule::of(x, 2, 0);
+  const bool streaming = schedule.streaming && !y.is_same(x.tensor);
   const Tiles tiles(x);
   schedule.run(x.samples, [&](Team team, int, std::int64_t first, std::int64_t samples) {
     tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
       map.rescale(x.slab, tile,
-                  {x.sample(n), scale_at.at(n * x.slab.channels), residual_at.at(n * slab), y_at.at(n * slab), post});
+                  {x.sample(n), scale_at.at(n * x.slab.channels), residual_at.at(n * slab), y_at.at(n * slab), post,
+                   streaming});
     });
   });
 }
@@ -72,8 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
   const std::int64_t slab = x.slab_elements();
   const Activation post = parse_activation("rescale", "post_activation", post_activation);
   const auto at_sample = [&](std::int64_t n) {
-    return RescaleBackward{g_at.at(n * slab), x.sample(n),        s_at.at(n * x.slab.channels), kept_at.at(n * slab),
-                           nullptr,           gx_at.at(n * slab), gr_at.at(n * slab),           post};
+    return RescaleBackward{g_at.at(n * slab),    x.sample(n), s_at.at(n * x.slab.channels),
+                           kept_at.at(n * slab), nullptr,     gx_at.at(n * slab),
+                           gr_at.at(n * slab),   post,        schedule.streaming};
   };
 
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];

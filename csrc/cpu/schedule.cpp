@@ -26,10 +26,11 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
 
 Schedule Schedule::of(const FeatureMap& map, int maps, std::int64_t weight_bytes) {
   static const std::int64_t l2_bytes = cache_bytes(kL2, 1 << 20);
-  static const std::int64_t l3_bytes = cache_bytes(kL3, 8 << 20);
+  static const std::int64_t l3_bytes = cache_bytes(kL3, 16 << 20);
   Schedule s;
   const std::int64_t slab_bytes = std::max<std::int64_t>(1, map.slab_bytes());
   s.threads = threads_for(map.samples * slab_bytes * maps + weight_bytes);
+  s.streaming = map.samples * slab_bytes * maps > l3_bytes;
   s.by_sample = map.samples % s.threads == 0 || map.samples >= 4 * s.threads;
   const std::int64_t teams = s.teams();
 

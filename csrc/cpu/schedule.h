@@ -15,6 +15,7 @@ struct Schedule {
   int threads;
   bool by_sample;      // each thread has its own samples and never waits; else all work on the same block
   std::int64_t block;  // samples per block
+  bool streaming;      // all maps together exceed the last cache: what is written is not found there by who reads it
 
   // maps: how many full-size tensors a block touches. weight_bytes: what is read again for every block.
   static Schedule of(const FeatureMap& map, int maps, std::int64_t weight_bytes);

@@ -36,13 +36,15 @@ void forward(const FeatureMap& x, const Excitation& e, const OptionalTensor& res
   const Pointer hidden_at = small ? Pointer(small->hidden) : scratch.take(N * M);
   const Pointer scale_at = small ? Pointer(small->scale) : scratch.take(N * C);
 
+  const bool streaming = schedule.streaming && !y.is_same(x.tensor);
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];
   schedule.run(N, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
     tiles.reduce(team, index, first, samples, x.slab.points, z_at,
                  [&](std::int64_t n, Tile tile, void* sums) { map.squeeze(x.slab, tile, x.sample(n), sums); });
     e.forward(team, first, samples, z_at, hidden_at, h_at, scale_at);
     tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
-      map.rescale(x.slab, tile, {x.sample(n), scale_at.at(n * C), residual_at.at(n * slab), y_at.at(n * slab), post});
+      map.rescale(x.slab, tile,
+                  {x.sample(n), scale_at.at(n * C), residual_at.at(n * slab), y_at.at(n * slab), post, streaming});
     });
   });
 }
@@ -129,7 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
   const Activation post = parse_activation(op, "post_activation", post_activation);
   const auto at_sample = [&](std::int64_t n) {
     return RescaleBackward{g_at.at(n * slab), x.sample(n),        s_at.at(n * C),     kept_at.at(n * slab),
-                           gz_at.at(n * C),   gx_at.at(n * slab), gr_at.at(n * slab), post};
+                           gz_at.at(n * C),   gx_at.at(n * slab), gr_at.at(n * slab), post,
+                           schedule.streaming};
   };
 
   e.activate(N, Pointer(hidden), h_at);

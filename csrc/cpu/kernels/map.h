@@ -15,6 +15,52 @@ SE_EXT_INLINE void dispatch_layout(Layout layout, F&& f) {
   }
 }
 
+// Whether stores past the caches are possible: all whole registers of the tile lie aligned in the map at `data`.
+template <class T>
+SE_EXT_INLINE bool is_aligned(const Slab& slab, Tile tile, const T* data) {
+  constexpr std::int64_t L = kLanes<acc_t<T>>;
+  const bool channels_first = slab.layout == Layout::ChannelsFirst;
+  const T* first = data + tile.begin * (channels_first ? slab.points : slab.channels);
+  return reinterpret_cast<std::uintptr_t>(first) % (L * sizeof(T)) == 0 &&
+         (channels_first ? slab.points >= L : slab.channels % L == 0);
+}
+
+// The two ways to write a map, for visit_tile.
+template <class T>
+struct ToCache {
+  T* data;
+  template <class V, class L>
+  inline SE_EXT_ALWAYS_INLINE void operator()(std::int64_t i, V v, L lanes) const {
+    store(data + i, v, lanes);
+  }
+};
+template <class T>
+struct PastCache {
+  T* data;
+  template <class V>
+  inline SE_EXT_ALWAYS_INLINE void operator()(std::int64_t i, V v, All) const {
+    stream(data + i, v);
+  }
+  template <class V>
+  inline SE_EXT_ALWAYS_INLINE void operator()(std::int64_t i, V v, First lanes) const {
+    store(data + i, v, lanes);
+  }
+};
+
+// Writes compute's values to `data`, past the caches where that is asked for and possible. An expensive computation
+// hides its stores, so that it has one way only.
+template <Layout layout, bool kCheap, class T, class Factory>
+SE_EXT_INLINE void write_tile(const Slab& slab, Tile tile, T* data, bool streaming, const Factory& factory) {
+  if constexpr (kCheap) {
+    if (streaming && is_aligned(slab, tile, data)) {
+      visit_tile<layout, acc_t<T>, kCheap>(slab, tile, factory, PastCache<T>{data});
+      fence_streams();
+      return;
+    }
+  }
+  visit_tile<layout, acc_t<T>, kCheap>(slab, tile, factory, ToCache<T>{data});
+}
+
 // sums[c] = Σ_p x[c, p]        reads the tile's x once
 template <class T>
 void squeeze(const Slab& slab, Tile tile, const void* x_, void* sums) {
@@ -45,8 +91,7 @@ void rescale(const Slab& slab, Tile tile, const Rescale& r) {
           return activate<post.value>(v);
         };
       };
-      const auto write = [=](std::int64_t i, Vec<A> v, auto lanes) SE_EXT_ALWAYS_INLINE { store(y + i, v, lanes); };
-      visit_tile<layout, A, is_cheap(post.value)>(slab, tile, factory, write);
+      write_tile<layout, is_cheap(post.value)>(slab, tile, y, r.streaming, factory);
     });
   });
 }
@@ -114,6 +159,7 @@ void rescale_backward_apply(const Slab& slab, Tile tile, const RescaleBackward& 
   T* grad_x = static_cast<T*>(b.grad_x);
   T* grad_residual = static_cast<T*>(b.grad_residual);
   dispatch_backward<T>(slab, b, [&]<Layout layout>(auto gv) {
+    constexpr bool kCheap = is_cheap(gv.activation);
     const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
       const PerChannel<layout, A> scale(scales, channels);
       const PerChannel<layout, A> mean(grad_mean, channels);
@@ -123,11 +169,19 @@ void rescale_backward_apply(const Slab& slab, Tile tile, const RescaleBackward& 
         return Both<A>{g * s + mean.at(c, lanes), g};
       };
     };
-    const auto write = [=](std::int64_t i, Both<A> v, auto lanes) SE_EXT_ALWAYS_INLINE {
+    if (!grad_residual) {
+      const auto grad_x_alone = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+        const auto both = factory(channels);
+        return [=](std::int64_t i, std::int64_t c, auto lanes)
+                   SE_EXT_ALWAYS_INLINE { return both(i, c, lanes).grad_x; };
+      };
+      write_tile<layout, kCheap>(slab, tile, grad_x, b.streaming, grad_x_alone);
+      return;
+    }
+    visit_tile<layout, A, kCheap>(slab, tile, factory, [=](std::int64_t i, Both<A> v, auto lanes) SE_EXT_ALWAYS_INLINE {
       if (grad_x) store(grad_x + i, v.grad_x, lanes);
-      if (grad_residual) store(grad_residual + i, v.grad_residual, lanes);
-    };
-    visit_tile<layout, A, is_cheap(gv.activation)>(slab, tile, factory, write);
+      store(grad_residual + i, v.grad_residual, lanes);
+    });
   });
 }
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -147,8 +147,17 @@ SE_EXT_INLINE vfloat load_first(const float* p, First f) {
 SE_EXT_INLINE vdouble load_first(const double* p, First f) {
   return (vdouble)_mm256_maskload_pd(p, first_mask64(f.count));
 }
+// There is no masked access to 16-bit lanes: whole pairs as 32-bit lanes, and an odd last one by itself.
+SE_EXT_INLINE __m128i pair_mask(int count) {
+  return _mm_cmpgt_epi32(_mm_set1_epi32(count / 2), _mm_setr_epi32(0, 1, 2, 3));
+}
 SE_EXT_INLINE vuint16 load_first(const std::uint16_t* p, First f) {
-  return load_lanes<vuint16>(p, f.count);
+  const __m128i pairs = _mm_maskload_epi32(reinterpret_cast<const int*>(p), pair_mask(f.count));
+  if (f.count % 2 == 0) return (vuint16)pairs;
+  const __m128i lane = _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m128i is_last = _mm_cmpeq_epi16(lane, _mm_set1_epi16(static_cast<short>(f.count - 1)));
+  const __m128i last = _mm_set1_epi16(static_cast<short>(p[f.count - 1]));
+  return (vuint16)_mm_or_si128(pairs, _mm_and_si128(is_last, last));
 }
 SE_EXT_INLINE void store_first(float* p, vfloat v, First f) {
   _mm256_maskstore_ps(p, first_mask32(f.count), (__m256)v);
@@ -157,7 +166,10 @@ SE_EXT_INLINE void store_first(double* p, vdouble v, First f) {
   _mm256_maskstore_pd(p, first_mask64(f.count), (__m256d)v);
 }
 SE_EXT_INLINE void store_first(std::uint16_t* p, vuint16 v, First f) {
-  store_lanes(p, v, f.count);
+  _mm_maskstore_epi32(reinterpret_cast<int*>(p), pair_mask(f.count), (__m128i)v);
+  if (f.count % 2 == 0) return;
+  const __m128i to_first = _mm_set1_epi16(static_cast<short>(0x0100 + 0x0202 * (f.count - 1)));
+  p[f.count - 1] = static_cast<std::uint16_t>(_mm_extract_epi16(_mm_shuffle_epi8((__m128i)v, to_first), 0));
 }
 
 #else
@@ -192,18 +204,78 @@ SE_EXT_INLINE void store_raw(E* p, V v, First f) {
   store_first(p, v, f);
 }
 
+// A whole register past the caches, to an address that is a multiple of its size; fence_streams() then makes these
+// stores visible to other threads in order. Plain stores where there is nothing to gain.
+#if defined(__x86_64__)
+template <class V, class E>
+SE_EXT_INLINE void stream_raw(E* p, V v) {
+  if constexpr (sizeof(V) == 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+#endif
+  } else if constexpr (sizeof(V) == 32) {
+#if defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(v));
+#endif
+  } else if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(v));
+  } else {
+    static_assert(sizeof(V) == 8);
+    _mm_stream_si64(reinterpret_cast<long long*>(p), bit_cast<long long>(v));
+  }
+}
+SE_EXT_INLINE void fence_streams() {
+  _mm_sfence();
+}
+#else
+template <class V, class E>
+SE_EXT_INLINE void stream_raw(E* p, V v) {
+  store_raw(p, v, All{});
+}
+SE_EXT_INLINE void fence_streams() {}
+#endif
+
 // ---- conversions of the half types ----
 
+#if defined(__AVX512F__)
+SE_EXT_INLINE vfloat widen_bfloat16(vuint16 h) {
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+}
+SE_EXT_INLINE vuint16 upper_halves(vuint32 u) {
+  return (vuint16)_mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)u, 16));
+}
+#elif defined(__AVX2__)
+SE_EXT_INLINE vfloat widen_bfloat16(vuint16 h) {
+  return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+}
+SE_EXT_INLINE vuint16 upper_halves(vuint32 u) {
+  const __m256i halves = _mm256_srai_epi32((__m256i)u, 16);
+  const __m256i packed = _mm256_packs_epi32(halves, halves);
+  return (vuint16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+#elif defined(__SSE2__)
+SE_EXT_INLINE vfloat widen_bfloat16(vuint16 h) {
+  return (vfloat)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_cvtsi64_si128(bit_cast<long long>(h)));
+}
+SE_EXT_INLINE vuint16 upper_halves(vuint32 u) {
+  const __m128i halves = _mm_srai_epi32((__m128i)u, 16);
+  return bit_cast<vuint16>(_mm_cvtsi128_si64(_mm_packs_epi32(halves, halves)));
+}
+#else
 SE_EXT_INLINE vfloat widen_bfloat16(vuint16 h) {
   return bit_cast<vfloat>(__builtin_convertvector(h, vuint32) << 16);
 }
+SE_EXT_INLINE vuint16 upper_halves(vuint32 u) {
+  return __builtin_convertvector(u >> 16, vuint16);
+}
+#endif
 
-// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
+// Round to nearest, ties to even; a NaN stays a (quiet) NaN. AVX-512's own conversion is not used: it flushes
+// subnormals to zero.
 SE_EXT_INLINE vuint16 narrow_bfloat16(vfloat v) {
   const vuint32 u = bit_cast<vuint32>(v);
-  const vuint32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const vuint32 quiet = (u >> 16) | 0x40u;
-  return __builtin_convertvector(v != v ? quiet : rounded, vuint16);
+  const vuint32 rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return upper_halves(v != v ? u | 0x400000u : rounded);
 }
 
 #if defined(__AVX512F__)
@@ -280,6 +352,19 @@ SE_EXT_INLINE void store(bfloat16* p, vfloat v, L lanes) {
 template <class L>
 SE_EXT_INLINE void store(float16* p, vfloat v, L lanes) {
   store_raw(&p->bits, narrow_float16(v), lanes);
+}
+
+SE_EXT_INLINE void stream(float* p, vfloat v) {
+  stream_raw(p, v);
+}
+SE_EXT_INLINE void stream(double* p, vdouble v) {
+  stream_raw(p, v);
+}
+SE_EXT_INLINE void stream(bfloat16* p, vfloat v) {
+  stream_raw(&p->bits, narrow_bfloat16(v));
+}
+SE_EXT_INLINE void stream(float16* p, vfloat v) {
+  stream_raw(&p->bits, narrow_float16(v));
 }
 
 // One stored value, in the accumulation type.
