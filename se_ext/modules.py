@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,17 @@ from ._names import ACTIVATIONS, GATES, name_of
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
 # ruff: noqa: UP045
+
+
+@torch.jit.unused
+def _parameters_of(module: nn.Module, name: str) -> tuple[Tensor, Optional[Tensor]]:
+    """Weight and bias of a layer. Eight trips through nn.Module.__getattr__ would take longer than the kernels do on a
+    small map; a weight that is no plain parameter (parametrize, pruning) is looked up the usual way."""
+    layer: Any = module._modules[name]
+    try:
+        return layer._parameters["weight"], layer._parameters["bias"]
+    except KeyError:
+        return layer.weight, layer.bias
 
 
 class SqueezeExcitation(nn.Module):
@@ -71,12 +82,17 @@ class SqueezeExcitation(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            w1, b1, w2, b2 = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        else:
+            w1, b1 = _parameters_of(self, "fc1")
+            w2, b2 = _parameters_of(self, "fc2")
         return functional.squeeze_excite(
             input,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+            w1,
+            b1,
+            w2,
+            b2,
             self.activation,
             self.scale_activation,
             residual,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ACTIVATIONS, GATES, assert_close, make_map
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torchvision_shim import torchvision
 
 from se_ext import SqueezeExcitation, reference
@@ -317,6 +318,29 @@ def test_a_model_converted_to_channels_last_stays_channels_last() -> None:
     assert_close(y.detach(), expected.detach(), torch.float64, summed=1000)
     for p, g in zip(model.parameters(), grads, strict=True):
         assert_close(p.grad, g, torch.float64, summed=1000)
+
+
+# ---- weights that are not plain parameters ----
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0.5 * weight
+
+
+def test_computed_weights() -> None:
+    """parametrize and pruning compute a layer's weight from others; it is used as it comes out."""
+    plain = SqueezeExcitation(C, M).eval()
+    computed = copy.deepcopy(plain)
+    mask = torch.ones_like(plain.fc2.weight)
+    mask[0] = 0
+    with torch.no_grad():
+        plain.fc1.weight.mul_(0.5)
+        plain.fc2.weight.mul_(mask)
+    parametrize.register_parametrization(computed.fc1, "weight", Half())
+    prune.custom_from_mask(computed.fc2, "weight", mask)
+    x = torch.randn(2, C, 3, 3)
+    assert torch.equal(computed(x), plain(x))
 
 
 # ---- training ----
