@@ -6,18 +6,27 @@ DEPS := $(VENV)/.dependencies
 BUILD := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+NUMERIC := $(addprefix tests/test_,values.py shapes.py autograd.py)
 RESULTS := benchmarks/results/cpu.json
 
-.PHONY: help demo test bench readme lint format clean
+.PHONY: help demo test test-isa emulated bench readme lint format clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
 demo: $(BUILD)  ## train a small CNN on handwritten digits: without SE, with plain SE, with se_ext
 	$(BIN)/python -m examples.digits $(ARGS)
 
 test: $(BUILD)  ## every test
 	SE_EXT_REQUIRE_BUILD_TREE=1 $(BIN)/python -m pytest $(ARGS)
+
+test-isa: $(BUILD)  ## the numbers again, on every narrower instruction set that this CPU has
+	for isa in $$($(BIN)/python -c "from se_ext import _C; print(*_C.cpu_capabilities()[:-1])"); do \
+	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(BIN)/python -m pytest $(NUMERIC) $(ARGS) || exit 1; \
+	done
+
+emulated: $(BUILD)  ## every op on emulated older CPUs, against illegal instructions; needs qemu-x86_64 (qemu-user)
+	SE_EXT_SLOW=1 SE_EXT_REQUIRE_QEMU=1 $(BIN)/python -m pytest tests/test_emulated.py $(ARGS)
 
 bench: $(BUILD)  ## time se_ext against eager and torch.compile on every real SE block; needs a quiet machine
 	$(BIN)/python benchmarks/run.py --out $(RESULTS) $(ARGS)

@@ -196,6 +196,54 @@ def test_foreign_symbols_are_found():
     ]
 
 
+def wide_instructions(disassembly: str) -> set[tuple[str, str]]:
+    """("avx512" or "avx2", the function) of instructions that need that much, outside the kernels compiled for it."""
+    needs_avx512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
+    needs_avx = re.compile(r"\tv(?!err|erw)|%ymm")
+    found, function, own = set(), "", ""
+    for line in disassembly.splitlines():
+        if line.endswith(">:"):
+            function = line.split("<")[1][:-2]
+            own = next((isa for isa in ("avx512", "avx2") if f"cpu{len(isa)}{isa}" in function), "")
+        elif own != "avx512" and needs_avx512.search(line):
+            found.add(("avx512", function))
+        elif own == "" and needs_avx.search(line):
+            found.add(("avx2", function))
+    return found
+
+
+def test_wide_instructions_stay_in_their_kernels():
+    """All that runs on every CPU, reached by a test or not, does without AVX; the AVX2 kernels without AVX-512."""
+    for library in (LIBRARY, Path(_C.__file__)):
+        disassembly = tool("objdump", "--disassemble", "--no-show-raw-insn", library)
+        assert wide_instructions(disassembly) == set()
+    symbols = tool("nm", LIBRARY)
+    assert all(f"cpu{len(isa)}{isa}" in symbols for isa in _C.cpu_capabilities())  # the names are there to be found
+
+
+def test_wide_instructions_are_found():
+    lines = """
+0000000000001000 <_ZN6se_ext3cpu6avx5127squeezeEv>:
+    1000:\tvaddps %zmm0,%zmm1,%zmm2
+0000000000001010 <_ZN6se_ext3cpu4avx27squeezeEv>:
+    1010:\tvaddps %ymm0,%ymm1,%ymm2
+    1014:\tvmovups %xmm16,%xmm1
+0000000000001020 <_ZN6se_ext3cpu8Schedule2ofEv>:
+    1020:\tmovups (%rdi),%xmm0
+    1024:\tverr   %ax
+    1028:\tret
+0000000000001030 <_ZN6se_ext5namesEv.cold>:
+    1030:\tvmovdqu (%rdi),%xmm15
+0000000000001040 <_ZN6se_ext8baselineEv>:
+    1040:\tkmovw  %k1,%eax
+"""
+    assert wide_instructions(lines) == {
+        ("avx512", "_ZN6se_ext3cpu4avx27squeezeEv"),
+        ("avx2", "_ZN6se_ext5namesEv.cold"),
+        ("avx512", "_ZN6se_ext8baselineEv"),
+    }
+
+
 def undefined_symbols() -> list[str]:
     lines = tool("nm", "-D", "--undefined-only", LIBRARY).splitlines()
     symbols = [line.split()[-1] for line in lines]
