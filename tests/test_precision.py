@@ -196,6 +196,7 @@ def test_poison_in_rescale(dtype, channels_last, post, poison):
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_poison_in_excite(activation, gate, poison, torch_hardsigmoid):
+    """At a NaN torch's hardswish has two slopes; which one depends on the CPU (see test_poison_in_rescale)."""
     for where in range(6):
         tensors = [torch.randn(3, 19), *make_weights(19, 5), torch.randn(3, 19)]
         tensors[where].view(-1)[-1] = poison
@@ -205,6 +206,7 @@ def test_poison_in_excite(activation, gate, poison, torch_hardsigmoid):
             tensors[:5],
             tensors[5],
             ("z", "w1", "b1", "w2", "b2", "grad")[where],
+            gradients=activation != "hardswish" or where == 5,
         )
 
 
