@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 # With the first two, glibc serves every size from one heap and never gives memory back, so a fresh output reuses warm
 # pages. With the third it puts it where the last one was: torch asks for aligned memory, whose trimmed ends would
@@ -15,6 +16,21 @@ SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
 }
+
+DEFAULT = "default"
+# What a user's program can be started with. In the last, torch asks the kernel for 2 MB pages for large tensors.
+ENVIRONMENTS: dict[str, dict[str, str]] = {
+    "page faults out": SETTINGS,
+    DEFAULT: {},
+    "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
+}
+_PREFIXES = ("MALLOC_", "GLIBC_TUNABLES", "THP_MEM_ALLOC_")
+
+
+def environment(name: str) -> dict[str, str]:
+    """This process's environment with one of ENVIRONMENTS in place of its own settings of the allocator."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_PREFIXES)}
+    return {**kept, **ENVIRONMENTS[name]}
 
 
 def take_page_faults_out() -> None:
@@ -30,5 +46,5 @@ def note() -> str:
     """What the settings in force mean, for the output and the results file."""
     settings = " ".join(f"{key}={value}" for key, value in SETTINGS.items())
     if all(os.environ.get(key) == value for key, value in SETTINGS.items()):
-        return f"page faults taken out: {settings} (set by run.py)"
+        return f"page faults taken out: {settings} (set by {Path(sys.argv[0]).name})"
     return f"page faults included: started without {settings}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,19 @@ import torch
 import se_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-PREFIXES = ("MALLOC_", "OMP_", "KMP_", "GOMP_", "MKL_", "ATEN_", "SE_EXT_", "THP_", "TORCH", "LD_PRELOAD")
+PREFIXES = (
+    "MALLOC_",
+    "GLIBC_TUNABLES",
+    "OMP_",
+    "KMP_",
+    "GOMP_",
+    "MKL_",
+    "ATEN_",
+    "SE_EXT_",
+    "THP_",
+    "TORCH",
+    "LD_PRELOAD",
+)
 
 
 def _run(*command: str) -> str | None:
@@ -81,3 +96,22 @@ def git() -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     return {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIXES)}
+
+
+def header(
+    kind: str, device: torch.device, method: str, notes: Sequence[str], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What every results file says before its rows; `kind` ("blocks", "networks", "allocators") says what rows."""
+    return {
+        "schema": 1,
+        "kind": kind,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.orig_argv[1:],
+        "notes": list(notes),
+        "method": method,
+        "machine": machine(device),
+        "software": software(),
+        "git": git(),
+        "environment": environment(),
+        "settings": settings,
+    }

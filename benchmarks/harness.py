@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import summary
 import torch
 from problem import Problem, check, draw_problem, reference
-from timing import OtherLoad, Plan, interleave
+from timing import OtherLoad, Plan, Samples, Step, interleave
 from torch import Tensor
 from variants import make_step
 from workloads import Workload
@@ -55,12 +56,17 @@ def measure_row(
             steps[name], results = make_step(name, problem, mode)
             if name == summary.OURS:
                 check(problem, expected, results())
-        # The first call may compile, in other processes; their time is no disturbance.
-        for step in steps.values():
-            step()
-        load = OtherLoad()
-        samples = interleave(steps, plan, lambda: _synchronize(problem.x.device))
-        other_cpu_share = load.share()
+        return time_row(problem, mode, steps, plan)
+
+
+def time_row(problem: Problem, mode: str, steps: dict[str, Step], plan: Plan) -> summary.Row:
+    """Times the steps interleaved, right or wrong; `mode` says what each of them does with the problem."""
+    # The first call may compile, in other processes; their time is no disturbance.
+    for step in steps.values():
+        step()
+    load = OtherLoad()
+    samples = interleave(steps, plan, lambda: _synchronize(problem.x.device))
+    other_cpu_share = load.share()
     if any(name.startswith("compile") for name in steps):
         torch._dynamo.reset()
     workload = problem.workload
@@ -76,17 +82,26 @@ def measure_row(
             "bytes_x": problem.bytes_x,
             "floor_bytes": summary.FLOOR_PASSES[mode] * problem.bytes_x,
             "working_set_bytes": problem.working_set_bytes(mode),
-            "other_cpu_share": None if other_cpu_share is None else round(other_cpu_share, 3),
-            "variants": {
-                name: {
-                    "samples_us": [round(t, 3) for t in found.time_us],
-                    "calls_per_block": found.calls_per_block,
-                    "page_faults_per_call": round(found.page_faults_per_call, 4),
-                }
-                for name, found in samples.items()
-            },
+            "other_cpu_share": rounded(other_cpu_share),
+            "variants": recorded(samples),
         }
     )
+
+
+def recorded(samples: Mapping[str, Samples]) -> dict[str, dict[str, Any]]:
+    """The samples of each variant as a results file keeps them."""
+    return {
+        name: {
+            "samples_us": [round(t, 3) for t in found.time_us],
+            "calls_per_block": found.calls_per_block,
+            "page_faults_per_call": round(found.page_faults_per_call, 4),
+        }
+        for name, found in samples.items()
+    }
+
+
+def rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 3)
 
 
 def _synchronize(device: torch.device) -> None:

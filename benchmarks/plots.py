@@ -1,4 +1,4 @@
-"""The two pictures of the benchmark: speedup per workload, and time against bytes of x."""
+"""The pictures of the benchmark: speedup per workload, time against bytes of x, and whole networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
-from summary import FLOOR_PASSES, OURS, YARDSTICK, Row, groups, over, summarize
+from summary import AS_IS, FLOOR_PASSES, INPLACE, OURS, WITHOUT, YARDSTICK, Row, groups, over, summarize
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart; shapes differ as well.
 LAYOUTS = {"nchw": ("NCHW", "#0072B2", "o"), "nhwc": ("channels_last", "#D55E00", "D")}
@@ -25,15 +25,46 @@ VARIANTS = {
     "compile_linear": ("torch.compile, linear", "#56B4E9", "P"),
     OURS: (OURS, "#0072B2", "o"),
 }
+NETWORK_VARIANTS = {
+    AS_IS: ("as it is", "#E69F00"),
+    OURS: (OURS, "#0072B2"),
+    INPLACE: ("se_ext in place", "#56B4E9"),
+    WITHOUT: ("without SE", "#999999"),
+}
 MODES = {"inference": "Inference", "train": "Forward + backward"}
+NETWORK_MODES = {"inference": "Inference", "train": "Training step"}
 SPEEDUP_TICKS = (0.125, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 def write(files: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Writes speedup-*.png (if a baseline was timed) and roofline-*.png for every dtype and batch size."""
+    """Writes what there are rows for: speedup-*.png (if a baseline was timed) and roofline-*.png for every dtype and
+    batch size, networks-*.png for every dtype."""
     folder.mkdir(parents=True, exist_ok=True)
+    return [*_write_blocks(_of_kind(files, "blocks"), folder), *_write_networks(_of_kind(files, "networks"), folder)]
+
+
+def _of_kind(files: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [results for results in files if results.get("kind", "blocks") == kind]
+
+
+def _rows_and_where(files: Sequence[dict[str, Any]]) -> tuple[list[Row], str]:
     rows = [row for results in files for row in results["rows"]]
-    where = "; ".join(dict.fromkeys(_where(results) for results in files))
+    return rows, "; ".join(dict.fromkeys(_where(results) for results in files))
+
+
+def _write_networks(files: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    rows, where = _rows_and_where(files)
+    paths = []
+    for (dtype,), members in groups(rows, "dtype").items():
+        figure = _networks(members, f"{dtype}. {where}")
+        paths.append(folder / f"networks-{dtype}.png")
+        figure.savefig(paths[-1], dpi=130)
+        plt.close(figure)
+    return paths
+
+
+def _write_blocks(files: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    rows, where = _rows_and_where(files)
     paths = []
     for (dtype, batch), members in groups(rows, "dtype", "batch").items():
         pictures = {"speedup": _speedup, "roofline": _roofline}
@@ -165,4 +196,42 @@ def _roofline_panel(axis: Axes, rows: Sequence[Row], mode: str) -> None:
     for scale in (axis.xaxis, axis.yaxis):
         scale.set_major_formatter(FuncFormatter(_plain))
     axis.grid(color="0.88")
+    axis.set_axisbelow(True)
+
+
+def _networks(rows: Sequence[Row], case: str) -> Figure:
+    """A panel per mode and batch, a group of bars per network and layout, a bar per variant, in parts of as_is."""
+    panels = groups(rows, "mode", "batch")
+    labels = list(dict.fromkeys(_network_label(row) for row in rows))
+    size = (max(7.0, 2.0 + 1.1 * len(labels)), 1.4 + 2.4 * len(panels))
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axis, ((mode, batch), members) in zip(axes[:, 0], panels.items(), strict=True):
+        _networks_panel(axis, members, labels)
+        axis.set_title(f"{NETWORK_MODES[mode]}, batch {batch}", fontsize=10)
+        axis.set_ylabel("time, of as it is")
+    axes[-1][0].set_xticks(range(len(labels)), labels, fontsize=8)
+    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
+    figure.suptitle(f"Whole networks; above the bars: median ms\n{case}", fontsize=11)
+    return figure
+
+
+def _network_label(row: Row) -> str:
+    return f"{row['name']}\n{LAYOUTS[row['layout']][0]}"
+
+
+def _networks_panel(axis: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
+    timed = [name for name in NETWORK_VARIANTS if any(name in row["variants"] for row in rows)]
+    width = 0.85 / len(timed)
+    for place, name in enumerate(timed):
+        label, colour = NETWORK_VARIANTS[name]
+        members = [row for row in rows if name in row["variants"]]
+        times = [row["variants"][name]["time_us"]["median"] for row in members]
+        parts = [time / row["variants"][AS_IS]["time_us"]["median"] for time, row in zip(times, members, strict=True)]
+        middle = (place - (len(timed) - 1) / 2) * width
+        lefts = [labels.index(_network_label(row)) + middle for row in members]
+        bars = axis.bar(lefts, parts, width, color=colour, label=label)
+        axis.bar_label(bars, [f"{time / 1e3:.{0 if time >= 1e5 else 1}f}" for time in times], fontsize=6.5)
+    axis.margins(y=0.12)
+    axis.grid(axis="y", color="0.88")
     axis.set_axisbelow(True)

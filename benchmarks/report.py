@@ -1,8 +1,10 @@
 """Turns results files into a summary, a README block and pictures. No number is typed by hand.
 
 python benchmarks/report.py benchmarks/results/cpu.json
-python benchmarks/report.py benchmarks/results/cpu.json --readme README.md [--check]
-python benchmarks/report.py benchmarks/results/cpu.json --plots docs/
+python benchmarks/report.py benchmarks/results/*.json --readme README.md [--check]
+python benchmarks/report.py benchmarks/results/*.json --plots docs/
+
+Files of run.py, networks.py and allocators.py in any order; several of a kind are one table.
 """
 
 from __future__ import annotations
@@ -14,94 +16,82 @@ from pathlib import Path
 from typing import Any
 
 import results_file
-from summary import OURS, YARDSTICK, Row, groups, over, summarize
+from allocator_tables import allocator_table, large_input_table
+from block_tables import against_the_better, slow_rows, summary_table, workload_tables
+from markdown_table import folded
+from network_tables import network_table
+from summary import Row, row_key
+from targets import rows_below, target_table
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 ROOT = Path(__file__).resolve().parent.parent
-TITLES = {"best_eager": "best eager", "best_compile": "torch.compile", "better": "the better"}
-TIMED = {
-    "eager_conv": "eager conv",
-    "eager_linear": "eager linear",
-    "compile": "compile conv",
-    "compile_linear": "compile linear",
-    OURS: OURS,
-}
+KINDS = ("blocks", "networks", "allocators")
 DISTURBED = 0.1
-MODES = {"inference": "inference", "train": "forward + backward"}
+
+Results = dict[str, Any]
 
 
-def markdown(files: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """The whole report: the summary, the slow rows, where the numbers come from, all rows folded away."""
-    rows = [row for results in files for row in results["rows"]]
+def markdown(files: Sequence[Results], names: Sequence[str], targets: bool = True) -> str:
+    """The whole report: what was measured, how that meets the targets, where it comes from, all rows folded away.
+
+    Targets are not judged by quick runs. Raises ValueError where two files have the same row.
+    """
+    measured = rows_by_kind(files)
+    blocks, networks, large = (measured.get(kind, []) for kind in KINDS)
+    judged = rows_by_kind([results for results in files if not _is_quick(results)])
     parts = [
-        _summary_table(rows),
-        _slow_rows(rows),
-        *_disturbed(rows),
+        *([summary_table(blocks)] if blocks else []),
+        *([target_table(judged), *_rows_below(judged)] if targets else []),
+        *([slow_rows(blocks)] if blocks else []),
+        *_disturbed([row for rows in measured.values() for row in rows]),
+        *([network_table(networks)] if networks else []),
+        *([allocator_table(large)] if large else []),
         *(_origin(results, name) for results, name in zip(files, names, strict=True)),
-        "<details>\n<summary>Every workload</summary>",
-        *_workload_tables(rows),
-        "</details>",
+        *folded("Every workload", [*workload_tables(blocks), *([large_input_table(large)] if large else [])]),
     ]
     return "\n\n".join(parts)
 
 
-def _origin(results: dict[str, Any], name: str) -> str:
+def rows_by_kind(files: Sequence[Results]) -> dict[str, list[Row]]:
+    """The rows of all files. A file without a kind is from before there was more than one."""
+    found: dict[str, dict[tuple[Any, ...], Row]] = {}
+    for results in files:
+        kind = results.get("kind", KINDS[0])
+        rows = found.setdefault(kind, {})
+        for row in results["rows"]:
+            key = (row.get("environment"), *row_key(row))
+            if key in rows:
+                raise ValueError(f"{kind}: more than one file has {' '.join(map(str, row_key(row)))}")
+            rows[key] = row
+    return {kind: list(rows.values()) for kind, rows in found.items()}
+
+
+def _is_quick(results: Results) -> bool:
+    return results.get("settings", {}).get("quick", False)
+
+
+def _rows_below(measured: dict[str, list[Row]]) -> list[str]:
+    parts = []
+    for target, rows in rows_below(measured):
+        title = f"Rows below {target.required:g}, what every row must have: {len(rows)}"
+        parts += folded(title, ["\n".join(map(against_the_better, rows))] if rows else [])
+    return parts
+
+
+def _origin(results: Results, name: str) -> str:
     machine, software, git = results["machine"], results["software"], results["git"]
     commit = f"{(git['commit'] or 'none')[:10]}{' + changes' if git['dirty'] else ''}"
     facts = [
         f"From `{name}`: {machine['gpu'] or machine['cpu']}",
         f"{machine['threads']} threads",
         f"instruction set {machine['isa']}",
-        f"torch {software['torch']}",
+        *(f"{package} {software[package]}" for package in ("torch", "timm") if package in software),
         f"commit {commit}",
         results["date"][:10],
     ]
-    lines = [", ".join(facts) + ".", *(f"{note[0].upper()}{note[1:]}." for note in results["notes"])]
+    quick = ["**a quick run, whose times mean nothing**"] if _is_quick(results) else []
+    lines = [", ".join(facts) + ".", *(f"{note[0].upper()}{note[1:]}." for note in [*quick, *results["notes"]])]
     return "\n".join(f"{line}  " for line in lines[:-1]) + f"\n{lines[-1]}"
-
-
-def _cells(cells: Sequence[object]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _four(found: dict[str, float] | None) -> str:
-    return "–" if found is None else " / ".join(f"{found[k]:.2f}" for k in ("min", "median", "geomean", "max"))
-
-
-def _summary_table(rows: Sequence[Row]) -> str:
-    """One line per mode, dtype, batch and layout, and one for both layouts together."""
-    lines = [
-        "Speedup of se_ext over each baseline, as min / median / geometric mean / max over the workloads:",
-        "",
-        _cells(["mode", "dtype", "batch", "layout", "rows", *(f"over {title}" for title in TITLES.values())]),
-        "|---|---|---:|---|---:|" + "---:|" * len(TITLES),
-    ]
-    for (mode, dtype, batch), members in groups(rows, "mode", "dtype", "batch").items():
-        layouts = {layout: found for (layout,), found in groups(members, "layout").items()}
-        if len(layouts) > 1:
-            layouts["both"] = members
-        for layout, found in layouts.items():
-            speedups = [_four(summarize(found, baseline)) for baseline in TITLES]
-            lines.append(_cells([MODES[mode], dtype, batch, layout, len(found), *speedups]))
-    return "\n".join(lines)
-
-
-def _slow_rows(rows: Sequence[Row]) -> str:
-    """Names every row below 1.0 with the baseline that beats it."""
-    against = [row for row in rows if over(row, "better") is not None]
-    slow = [row for row in against if over(row, "better") < 1]
-    if not against:
-        return "No baseline was timed."
-    if not slow:
-        return "No row is slower than any of its baselines."
-    lines = ["Rows below 1.0 (the better of the baselines is faster):", ""]
-    for row in slow:
-        better = row["speedup"]["better"]
-        lines.append(
-            f"- {row['name']}, {row['layout']}, {row['dtype']}, batch {row['batch']}, {MODES[row['mode']]}: "
-            f"{better['median']:.2f} ({better['p10']:.2f} to {better['p90']:.2f}) over {better['baseline']}"
-        )
-    return "\n".join(lines)
 
 
 def _disturbed(rows: Sequence[Row]) -> list[str]:
@@ -113,33 +103,6 @@ def _disturbed(rows: Sequence[Row]) -> list[str]:
         f"**Not to be trusted**: during {len(shares)} of {len(rows)} rows other programs used more than "
         f"{DISTURBED:.0%} of the CPUs, {max(shares):.0%} at most."
     ]
-
-
-def _workload_tables(rows: Sequence[Row]) -> list[str]:
-    tables = []
-    for (mode, dtype, batch), members in groups(rows, "mode", "dtype", "batch").items():
-        timed = [name for name in TIMED if any(name in row["variants"] for row in members)]
-        head = ["block", "networks", "layout", "clone µs", *(f"{TIMED[name]} µs" for name in timed)]
-        head += ["p10 to p90", "clones", "GB/s", *(f"over {title}" for title in TITLES.values())]
-        lines = [
-            f"**{MODES[mode]}, {dtype}, batch {batch}** (medians; p10 to p90, clones and GB/s are se_ext's)",
-            "",
-            _cells(head),
-            "|---|---|---|" + "---:|" * (len(head) - 3),
-            *(_workload_line(row, timed) for row in members),
-        ]
-        tables.append("\n".join(lines))
-    return tables
-
-
-def _workload_line(row: Row, timed: Sequence[str]) -> str:
-    variants, ours = row["variants"], row["variants"][OURS]
-    networks = ", ".join(f"{use['model']} ×{use['count']}" for use in row["workload"]["uses"])
-    times = [f"{variants[n]['time_us']['median']:.1f}" if n in variants else "–" for n in (YARDSTICK, *timed)]
-    speedups = ["–" if (ratio := over(row, baseline)) is None else f"{ratio:.2f}" for baseline in TITLES]
-    spread = f"{ours['time_us']['p10']:.1f} to {ours['time_us']['p90']:.1f}"
-    own = [spread, f"{ours['clone_equivalents']:.2f}", f"{ours['gb_per_s']:.1f}"]
-    return _cells([row["name"], networks, row["layout"], *times, *own, *speedups])
 
 
 def replace_block(readme: str, text: str) -> str:
@@ -167,7 +130,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--check needs --readme")
 
     files = [results_file.load(path) for path in options.results]
-    text = markdown(files, [_display_name(path) for path in options.results])
+    try:
+        text = markdown(files, [_display_name(path) for path in options.results])
+    except ValueError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 1
     if options.plots:
         # Imported here so that the tables need no matplotlib.
         import plots

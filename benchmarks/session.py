@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 from typing import Any
 
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     except WrongResult as error:
         return _fail(f"not timed, because the result is wrong: {error}")
 
-    print(report.markdown([results], ["this run"]))
+    print(report.markdown([results], ["this run"], targets=False))
     if older:
         print(f"\n{compare.markdown(older, results)}")
     if options.out:
@@ -88,23 +87,15 @@ def _notes(skipped: list[Workload]) -> list[str]:
 
 def _header(options: argparse.Namespace, skipped: list[Workload]) -> dict[str, Any]:
     plan = _plan(options)
+    settings = {
+        "rounds": plan.rounds,
+        "block_ms": plan.block_ms,
+        "warmup_ms": plan.warmup_ms,
+        "seed": SEED,
+        "quick": options.quick,
+    }
     return {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.orig_argv[1:],
-        "notes": _notes(skipped),
-        "method": METHOD,
-        "machine": facts.machine(torch.device(options.device)),
-        "software": facts.software(),
-        "git": facts.git(),
-        "environment": facts.environment(),
-        "settings": {
-            "rounds": plan.rounds,
-            "block_ms": plan.block_ms,
-            "warmup_ms": plan.warmup_ms,
-            "seed": SEED,
-            "quick": options.quick,
-        },
+        **facts.header("blocks", torch.device(options.device), METHOD, _notes(skipped), settings),
         "skipped": [
             {"name": w.name, "networks": [use.model for use in w.uses], "reason": SKIP_REASON} for w in skipped
         ],

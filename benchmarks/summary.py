@@ -8,6 +8,8 @@ from typing import Any
 
 YARDSTICK = "clone"
 OURS = "se_ext"
+INPLACE = "se_ext_inplace"
+AS_IS, WITHOUT = "as_is", "no_se"
 FLOOR_PASSES = {"inference": 2, "train": 5}
 
 Row = dict[str, Any]
@@ -35,6 +37,11 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> di
     return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
+def paired_difference(minuend: Sequence[float], subtrahend: Sequence[float]) -> dict[str, float]:
+    """The spread of the differences round by round."""
+    return spread([a - b for a, b in zip(minuend, subtrahend, strict=True)])
+
+
 def variant_metrics(samples_us: Sequence[float], clone_us: Sequence[float], floor_bytes: int) -> dict[str, Any]:
     time_us = spread(samples_us)
     return {
@@ -44,13 +51,13 @@ def variant_metrics(samples_us: Sequence[float], clone_us: Sequence[float], floo
     }
 
 
-def speedups(samples_us: dict[str, Sequence[float]]) -> dict[str, Any]:
-    """How many times faster se_ext is than each baseline, the best eager and compiled form, and all.
+def speedups(samples_us: dict[str, Sequence[float]], ours: str = OURS) -> dict[str, Any]:
+    """How many times faster `ours` is than each baseline, the best eager and compiled form, and all.
 
     The better of several baselines is the one over which the median of se_ext's speedup is smallest.
     """
-    baselines = [name for name in samples_us if name not in (YARDSTICK, OURS)]
-    over: dict[str, Any] = {name: paired_ratio(samples_us[name], samples_us[OURS]) for name in baselines}
+    baselines = [name for name in samples_us if name not in (YARDSTICK, OURS, INPLACE)]
+    over: dict[str, Any] = {name: paired_ratio(samples_us[name], samples_us[ours]) for name in baselines}
 
     def hardest(names: Iterable[str]) -> dict[str, Any] | None:
         name = min(names, key=lambda n: over[n]["median"], default=None)
@@ -71,18 +78,39 @@ def add_metrics(row: Row) -> Row:
         passes = 2 if name == YARDSTICK else FLOOR_PASSES[row["mode"]]
         variant.update(variant_metrics(samples[name], samples[YARDSTICK], passes * row["bytes_x"]))
     row["speedup"] = speedups(samples)
+    if INPLACE in samples:
+        row["speedup_inplace"] = speedups(samples, INPLACE)
     return row
 
 
-def over(row: Row, baseline: str) -> float | None:
-    """The median speedup over `baseline`, or None where it was not timed."""
-    found = row["speedup"].get(baseline)
+def add_costs(row: Row) -> Row:
+    """Fills in what follows from the samples of a network's row: time per variant, and what its SE blocks cost.
+
+    A cost is the time with SE blocks minus the time without any, round by round. cost_ratio is the ratio of the median
+    costs, against the network as it is: a ratio round by round would divide by costs near zero. It is None where even
+    the median cost of the network as it is drowns in noise.
+    """
+    samples = {name: variant["samples_us"] for name, variant in row["variants"].items()}
+    for name, variant in row["variants"].items():
+        variant["time_us"] = spread(samples[name])
+    costs = {name: paired_difference(times, samples[WITHOUT]) for name, times in samples.items() if name != WITHOUT}
+    theirs = costs[AS_IS]["median"]
+    row["cost_us"] = costs
+    row["cost_ratio"] = {
+        name: cost["median"] / theirs if theirs > 0 else None for name, cost in costs.items() if name != AS_IS
+    }
+    return row
+
+
+def over(row: Row, baseline: str, ours: str = "speedup") -> float | None:
+    """The median speedup over `baseline`, or None where it was not timed; `ours` is "speedup" or "speedup_inplace"."""
+    found = row[ours].get(baseline)
     return None if found is None else found["median"]
 
 
-def summarize(rows: Sequence[Row], baseline: str) -> dict[str, float] | None:
+def summarize(rows: Sequence[Row], baseline: str, ours: str = "speedup") -> dict[str, float] | None:
     """Minimum, median, geometric mean and maximum of the rows' speedups over `baseline`; None without any."""
-    values = [value for row in rows if (value := over(row, baseline)) is not None]
+    values = [value for row in rows if (value := over(row, baseline, ours)) is not None]
     if not values:
         return None
     return {

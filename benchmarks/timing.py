@@ -20,11 +20,12 @@ LEAD_IN_CALLS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure: `rounds` blocks per variant, each of at least `block_ms` or one call."""
+    """How long to measure: `rounds` blocks per variant, each of at least `block_ms` or one call, after a lead-in."""
 
     rounds: int = 20
     block_ms: float = 5.0
     warmup_ms: float = 20.0
+    lead_in_calls: int = LEAD_IN_CALLS
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def interleave(steps: Mapping[str, Step], plan: Plan, synchronize: Callable[[], 
         for turn in range(plan.rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                _time_block(steps[name], LEAD_IN_CALLS, synchronize)
+                _time_block(steps[name], plan.lead_in_calls, synchronize)
                 before = _minor_faults()
                 times[name].append(_time_block(steps[name], calls[name], synchronize) / calls[name] / 1e3)
                 faults[name] += _minor_faults() - before
@@ -84,7 +85,7 @@ def interleave(steps: Mapping[str, Step], plan: Plan, synchronize: Callable[[], 
 
 def _warm_up(step: Step, plan: Plan, synchronize: Callable[[], None]) -> int:
     """Calls the step (the first call may compile) until it is warm; returns how many calls make a block."""
-    _time_block(step, 2, synchronize)
+    _time_block(step, plan.lead_in_calls, synchronize)
     calls = 1
     end = time.perf_counter_ns() + plan.warmup_ms * 1e6
     while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from problem import ACTIVATIONS, GATES, LAYOUTS, Problem
@@ -49,6 +50,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "compile": EagerConv,
     "compile_linear": EagerLinear,
     "se_ext": se_ext.SqueezeExcitation,
+    "se_ext_inplace": partial(se_ext.SqueezeExcitation, inplace=True),
 }
 
 

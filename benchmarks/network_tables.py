@@ -1,0 +1,35 @@
+"""The table of the runs over whole networks: what SE costs as it is, and with se_ext."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markdown_table import ABSENT, number, table
+from summary import AS_IS, INPLACE, OURS, WITHOUT, Row
+
+MODES = {"inference": "inference", "train": "training step"}
+
+
+def network_table(rows: Sequence[Row]) -> str:
+    title = (
+        "What SE costs in a whole network: its time minus that of the same network without SE blocks, paired round by "
+        "round, as median (p10 to p90) in ms; and se_ext's cost as a part of what it was:"
+    )
+    head = ["network", "mode", "batch", "layout", "as it is ms", "without SE ms"]
+    head += ["SE costs", "se_ext costs", "se_ext in place costs", "ratio", "ratio in place"]
+    return f"{title}\n\n{table(head, map(_line, rows), 'llrlr')}"
+
+
+def _line(row: Row) -> list[object]:
+    times = [number(row["variants"][name]["time_us"]["median"] / 1e3, 1) for name in (AS_IS, WITHOUT)]
+    costs = [_cost(row["cost_us"].get(name)) for name in (AS_IS, OURS, INPLACE)]
+    ratios = [number(row["cost_ratio"].get(name)) for name in (OURS, INPLACE)]
+    mode = MODES[row["mode"]]
+    return [row["name"], mode, row["batch"], row["layout"], *times, *costs, *ratios]
+
+
+def _cost(cost_us: dict[str, float] | None) -> str:
+    if cost_us is None:
+        return ABSENT
+    median, low, high = (number(cost_us[key] / 1e3, 1) for key in ("median", "p10", "p90"))
+    return f"{median} ({low} to {high})"

@@ -1,0 +1,88 @@
+"""Times whole networks of timm as they are, with se_ext's SE blocks, and without any: what SE costs, before and after.
+
+python benchmarks/networks.py --out benchmarks/results/networks.json
+python benchmarks/networks.py --network mobilenetv3_large_100 --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import allocator
+
+LAYOUTS = ["nchw", "nhwc"]
+METHOD = (
+    "Variants take turns (A B C, B C A, ...), one block of calls each per round, all in one process; samples_us has "
+    "the time per call of each block. as_is is timm's network with random weights, se_ext and se_ext_inplace the same "
+    "with its SE blocks swapped (same weights), no_se the same with every SE block replaced by the identity. train is "
+    "forward + backward + SGD step. cost_us is the time of a variant minus that of no_se, round by round, cost_ratio "
+    "the ratio of the median costs to that of as_is. The swapped networks gave the logits (training: in float64, and "
+    "the gradient of the images) of the network as it is before timing. other_cpu_share is the part of all CPU time "
+    "that other programs used."
+)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--network", default="", metavar="TEXT", help="only those with TEXT in their name")
+    add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="default: both")
+    add("--out", type=Path, metavar="FILE.json", help="write the results here")
+    add("--rounds", type=int, help="blocks timed per variant, default: what fits into some seconds per row")
+    add("--quick", action="store_true", help="2 rounds: does it work, not how fast it is")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    # Imported here so that --help, a wrong option and the restart in allocator.py don't wait for torch.
+    import facts
+    import network_harness
+    import report
+    import results_file
+    import timm_networks
+    import torch
+    from problem import WrongResult
+    from tqdm import tqdm
+
+    names = [name for name in timm_networks.NETWORKS if options.network in name]
+    if not names:
+        return _fail(f"--network {options.network}: expected part of one of {', '.join(timm_networks.NETWORKS)}")
+    rounds = 2 if options.quick else options.rounds
+    budget = network_harness.Budget(least=rounds, most=rounds) if rounds else network_harness.Budget()
+    settings = {
+        "budget": vars(budget),
+        "block_ms": network_harness.BLOCK_MS,
+        "learning_rate": network_harness.LEARNING_RATE,
+        "seed": network_harness.SEED,
+        "quick": options.quick,
+    }
+    results = facts.header("networks", torch.device("cpu"), METHOD, [allocator.note()], settings)
+    results["software"]["timm"] = timm_networks.timm.__version__
+    results["rows"] = []
+    total = len(names) * len(options.layout) * len(network_harness.CASES)
+    try:
+        with tqdm(total=total, unit="row", file=sys.stderr) as bar:
+            for row in network_harness.measure(names, options.layout, budget, announce=bar.set_description):
+                results["rows"].append(row)
+                bar.update()
+    except WrongResult as error:
+        return _fail(f"not timed, because the result is wrong: {error}")
+    print(report.markdown([results], ["this run"], targets=False))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        results_file.save(results, options.out)
+        print(f"wrote {options.out}", file=sys.stderr)
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"networks.py: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    allocator.take_page_faults_out()
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Whole networks in the benchmark: swaps compute the same, a wrong one is never timed, costs are worked out right."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import network_harness
+import networks
+import summary
+import timm_networks
+from network_tables import network_table
+from problem import WrongResult
+
+import se_ext
+
+BLOCKS = {
+    "SEModule": lambda **kwargs: timm_networks.SEModule(16, rd_channels=8, **kwargs),
+    "SEModule no bias": lambda **kwargs: timm_networks.SEModule(16, rd_channels=8, bias=False, **kwargs),
+    "SqueezeExcite": lambda: timm_networks.SqueezeExcite(16, act_layer=nn.SiLU, gate_layer=nn.Hardsigmoid),
+}
+TWO_ROUNDS = network_harness.Budget(least=2, most=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A hundred small layers: on a busy machine their threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_swapped_block_computes_the_same(name: str, inplace: bool) -> None:
+    block = BLOCKS[name]()
+    ours = timm_networks.with_se_ext(block, inplace)
+    assert isinstance(ours, se_ext.SqueezeExcitation)
+    assert ours.inplace == inplace
+    x = torch.randn(2, 16, 5, 4)
+    with torch.inference_mode():
+        expected = block(x)
+        y = ours(x.clone())
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kwargs", [{"norm_layer": nn.BatchNorm2d}, {"add_maxpool": True}], ids=["norm", "maxpool"])
+def test_a_block_that_computes_something_else_is_refused(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="se_ext has no module for SEModule"):
+        timm_networks.with_se_ext(BLOCKS["SEModule"](**kwargs))
+
+
+SMALL = "mobilenetv3_small_050"
+
+
+def small_networks(mode: str) -> tuple[dict[str, nn.Module], torch.Tensor, torch.Tensor]:
+    images, labels = network_harness.draw_images(2, 64, "nhwc")
+    network = timm_networks.build(SMALL, "nhwc", images, seed=1).train(mode == "train")
+    return timm_networks.variants(network, mode), images, labels
+
+
+@pytest.mark.parametrize("mode", ["inference", "train"])
+def test_swapped_networks_compute_the_same(mode: str) -> None:
+    found, images, labels = small_networks(mode)
+    in_place = ["se_ext_inplace"] if mode == "inference" else []
+    assert list(found) == ["as_is", "se_ext", *in_place, "no_se"]
+    blocks = {
+        name: [type(m) for m in net.modules() if isinstance(m, se_ext.SqueezeExcitation)] for name, net in found.items()
+    }
+    counts = {name: len(types) for name, types in blocks.items()}
+    theirs = len(timm_networks.se_blocks(found["as_is"]))
+    assert theirs > 5
+    assert counts == {"as_is": 0, "no_se": 0} | dict.fromkeys(["se_ext", *in_place], theirs)
+    assert timm_networks.se_blocks(found["no_se"]) == []
+    state = {key: value.clone() for key, value in found["as_is"].state_dict().items()}
+    timm_networks.check(found, images, labels)
+    assert all(torch.equal(value, state[key]) for key, value in found["as_is"].state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["inference", "train"])
+def test_a_wrong_swap_is_never_timed(mode: str) -> None:
+    found, images, labels = small_networks(mode)
+    with torch.no_grad():
+        next(m for m in found["se_ext"].modules() if isinstance(m, se_ext.SqueezeExcitation)).fc2.bias.add_(0.1)
+    with pytest.raises(WrongResult, match="se_ext: logits off by"):
+        timm_networks.check(found, images, labels)
+
+
+def test_a_check_that_proves_nothing_is_refused() -> None:
+    found, images, labels = small_networks("inference")
+    found["no_se"] = found["as_is"]
+    with pytest.raises(WrongResult, match="nothing is proved"):
+        timm_networks.check(found, images, labels)
+
+
+def test_a_training_step_changes_the_weights() -> None:
+    found, images, labels = small_networks("train")
+    before = [p.detach().clone() for p in found["se_ext"].parameters()]
+    network_harness.make_step(found["se_ext"], images, labels)()
+    changed = [not torch.equal(p, q) for p, q in zip(found["se_ext"].parameters(), before, strict=True)]
+    assert sum(changed) > len(changed) / 2
+
+
+def test_a_row_has_what_the_report_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm_networks, "image_size", lambda name: 64)
+    row = network_harness.measure_row(SMALL, "nchw", network_harness.Case("train", 2), TWO_ROUNDS)
+    assert list(row["variants"]) == ["as_is", "se_ext", "no_se"]
+    assert all(len(variant["samples_us"]) == 2 for variant in row["variants"].values())
+    assert row["cost_us"].keys() == {"as_is", "se_ext"}
+    assert (row["batch"], row["mode"], row["image_size"], row["dtype"]) == (2, "train", 64, "float32")
+    assert row["se_blocks"] > 5
+
+
+@pytest.mark.parametrize(
+    ("call_s", "batch", "rounds"), [(10.0, 8, 5), (0.5, 8, 8), (0.5, 1, 5), (0.2, 1, 10), (0.0001, 1, 40)]
+)
+def test_rounds_fit_the_budget(call_s: float, batch: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, call_s])
+    monkeypatch.setattr(network_harness.time, "perf_counter", lambda: next(clock))
+    steps = {"as_is": lambda: None, "no_se": lambda: None}
+    case, budget = network_harness.Case("inference", batch), network_harness.Budget(seconds=8.0, least=5, most=40)
+    assert network_harness._plan(case, budget, steps).rounds == rounds
+
+
+def cost_row(**samples_us: list[float]) -> dict[str, Any]:
+    variants = {name: {"samples_us": times} for name, times in samples_us.items()}
+    where = {"name": "net", "mode": "inference", "batch": 8, "layout": "nchw"}
+    return summary.add_costs({**where, "variants": variants})
+
+
+def test_costs_by_hand() -> None:
+    row = cost_row(
+        as_is=[30e3, 34e3, 90e3],
+        se_ext=[22e3, 26e3, 99e3],
+        se_ext_inplace=[21e3, 22e3, 23e3],
+        no_se=[20e3, 22e3, 80e3],
+    )
+    assert row["cost_us"]["as_is"] == pytest.approx({"median": 10e3, "p10": 10e3, "p90": 11.6e3})  # 10, 12, 10
+    assert row["cost_us"]["se_ext"] == pytest.approx({"median": 4e3, "p10": 2.4e3, "p90": 16e3})  # 2, 4, 19
+    assert row["cost_ratio"] == pytest.approx({"se_ext": 0.4, "se_ext_inplace": 0.0})
+    line = "| net | inference | 8 | nchw | 34.0 | 22.0 | 10.0 (10.0 to 11.6) | 4.0 (2.4 to 16.0) |"
+    assert line in network_table([row])
+
+
+def test_a_cost_in_the_noise_has_no_ratio() -> None:
+    row = cost_row(as_is=[9.0, 9.0], se_ext=[8.0, 8.0], no_se=[10.0, 9.0])
+    assert row["cost_us"]["as_is"]["median"] == -0.5
+    assert row["cost_ratio"] == {"se_ext": None}
+    assert network_table([row]).endswith("| – | – | – |")
+
+
+def test_unknown_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert networks.main(["--network", "no such network"]) == 1
+    assert "expected part of one of seresnet50, efficientnet_b0" in capsys.readouterr().err
