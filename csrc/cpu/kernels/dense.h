@@ -99,27 +99,88 @@ void vecmat(std::int64_t samples, std::int64_t rows, std::int64_t columns, const
                [&](std::int64_t i, auto lanes) SE_EXT_ALWAYS_INLINE { band.template operator()<1>(k + i, lanes); });
 }
 
+// Some columns of a [samples, columns] matrix, samples `stride` apart. Those of a matrix larger than the first-level
+// cache are copied next to each other: in place they often lie a power of two apart and push each other out of it.
+template <class A, int kWidth>
+class Panel {
+ public:
+  static bool is_copied(std::int64_t samples, std::int64_t columns) {
+    return samples <= kMostCopied && samples * columns * static_cast<std::int64_t>(sizeof(A)) > kCacheBytes;
+  }
+
+  SE_EXT_ALWAYS_INLINE Panel(const A* from, std::int64_t samples, std::int64_t columns, std::int64_t width)
+      : data(from), stride(columns) {
+    if (!is_copied(samples, columns)) return;
+    for (std::int64_t n = 0; n < samples; ++n) {
+      for (std::int64_t i = 0; i < width; ++i) copy_[n * kWidth + i] = from[n * columns + i];
+    }
+    data = copy_;
+    stride = kWidth;
+  }
+  Panel(const Panel&) = delete;
+
+  const A* data;
+  std::int64_t stride;
+
+ private:
+  static constexpr std::int64_t kMostCopied = 64;
+  static constexpr std::int64_t kCacheBytes = 32 * 1024;
+  alignas(64) A copy_[kMostCopied * kWidth];
+};
+
+// kRows rows and kRegisters registers of columns of out = aᵀ · b, samples in order.
+template <int kRows, int kRegisters, class T, class A, class L, class Rows, class Columns>
+SE_EXT_INLINE void outer_block(std::int64_t samples, const Rows& a, std::int64_t r, const Columns& b, T* out,
+                               std::int64_t out_stride, L lanes) {
+  Vec<A> acc[kRows][kRegisters] = {};
+  for (std::int64_t n = 0; n < samples; ++n) {
+    Vec<A> right[kRegisters];
+    for (int k = 0; k < kRegisters; ++k) right[k] = load(b.data + n * b.stride + k * kLanes<A>, lanes);
+    for (int i = 0; i < kRows; ++i) {
+      for (int k = 0; k < kRegisters; ++k) acc[i][k] += a.data[n * a.stride + r + i] * right[k];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int k = 0; k < kRegisters; ++k) store(out + i * out_stride + k * kLanes<A>, acc[i][k], lanes);
+  }
+}
+
 // out [rows, columns] = aᵀ · b, a [samples, rows], b [samples, columns], samples in order; only rows [begin, end).
 template <class T>
 void outer(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* a_, const void* b_, void* out_,
            std::int64_t begin, std::int64_t end) {
   using A = acc_t<T>;
+  constexpr int kRows = 6, kRegisters = 2;  // their sums and what is loaded beside them fill the registers of AVX2
+  constexpr int kRowsAtOnce = 8 * kRows, kWide = kRegisters * kLanes<A>;
   const A* a = static_cast<const A*>(a_);
   const A* b = static_cast<const A*>(b_);
   T* out = static_cast<T*>(out_);
-  const auto block = [&]<int kRows>(std::int64_t r) SE_EXT_ALWAYS_INLINE {
-    for_lanes<A>(columns, [&](std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
-      Vec<A> acc[kRows] = {};
-      for (std::int64_t n = 0; n < samples; ++n) {
-        const Vec<A> right = load(b + n * columns + k, lanes);
-        for (int i = 0; i < kRows; ++i) acc[i] += a[n * rows + r + i] * right;
+  // A copied panel of b meets many rows; else whole rows of out are written one after the other.
+  const std::int64_t at_once = Panel<A, kWide>::is_copied(samples, columns) ? kRowsAtOnce : kRows;
+  for (std::int64_t first = begin; first < end; first += at_once) {
+    const std::int64_t count = min_of<std::int64_t>(at_once, end - first);
+    const Panel<A, kRowsAtOnce> left(a + first, samples, rows, count);
+    const auto band = [&]<int kWidth>(std::int64_t k, const auto& right, auto lanes) SE_EXT_ALWAYS_INLINE {
+      T* to = out + first * columns + k;
+      std::int64_t r = 0;
+      for (; r + kRows <= count; r += kRows) {
+        outer_block<kRows, kWidth, T, A>(samples, left, r, right, to + r * columns, columns, lanes);
       }
-      for (int i = 0; i < kRows; ++i) store(out + (r + i) * columns + k, acc[i], lanes);
-    });
-  };
-  std::int64_t r = begin;
-  for (; r + 4 <= end; r += 4) block.template operator()<4>(r);
-  for (; r < end; ++r) block.template operator()<1>(r);
+      for (; r < count; ++r) outer_block<1, kWidth, T, A>(samples, left, r, right, to + r * columns, columns, lanes);
+    };
+    std::int64_t k = 0;
+    for (; k + kWide <= columns; k += kWide) {
+      band.template operator()<kRegisters>(k, Panel<A, kWide>(b + k, samples, columns, kWide), All{});
+    }
+    if (k + kLanes<A> <= columns) {
+      band.template operator()<1>(k, Panel<A, kWide>(b + k, samples, columns, kLanes<A>), All{});
+      k += kLanes<A>;
+    }
+    if (k < columns) {
+      const First rest{static_cast<int>(columns - k)};
+      band.template operator()<1>(k, Panel<A, kWide>(b + k, samples, columns, rest.count), rest);
+    }
+  }
 }
 
 // out [columns] = Σ_n a[n, :], samples in order: the gradient of a bias.

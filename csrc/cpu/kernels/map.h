@@ -145,43 +145,44 @@ void rescale_backward_reduce(const Slab& slab, Tile tile, const RescaleBackward&
   });
 }
 
-template <class A>
-struct Both {
-  Vec<A> grad_x, grad_residual;
-};
-
 // grad_x = gv ⊙ scale + grad_mean, grad_residual = gv        reads g (and x, saved, where post needs them) once
 template <class T>
 void rescale_backward_apply(const Slab& slab, Tile tile, const RescaleBackward& b) {
   using A = acc_t<T>;
   const A* scales = static_cast<const A*>(b.scale);
-  const A* grad_mean = static_cast<const A*>(b.grad_mean);
+  const A* means = static_cast<const A*>(b.grad_mean);
   T* grad_x = static_cast<T*>(b.grad_x);
   T* grad_residual = static_cast<T*>(b.grad_residual);
   dispatch_backward<T>(slab, b, [&]<Layout layout>(auto gv) {
     constexpr bool kCheap = is_cheap(gv.activation);
-    const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
-      const PerChannel<layout, A> scale(scales, channels);
-      const PerChannel<layout, A> mean(grad_mean, channels);
-      return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-        const Vec<A> s = scale.at(c, lanes);
-        const Vec<A> g = gv.at(i, s, lanes);
-        return Both<A>{g * s + mean.at(c, lanes), g};
+    if (grad_residual) {
+      struct Both {
+        Vec<A> grad_x, grad_residual;
       };
-    };
-    if (!grad_residual) {
-      const auto grad_x_alone = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
-        const auto both = factory(channels);
-        return [=](std::int64_t i, std::int64_t c, auto lanes)
-                   SE_EXT_ALWAYS_INLINE { return both(i, c, lanes).grad_x; };
+      const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+        const PerChannel<layout, A> scale(scales, channels);
+        const PerChannel<layout, A> mean(means, channels);
+        return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+          const Vec<A> s = scale.at(c, lanes);
+          const Vec<A> g = gv.at(i, s, lanes);
+          return Both{g * s + mean.at(c, lanes), g};
+        };
       };
-      write_tile<layout, kCheap>(slab, tile, grad_x, b.streaming, grad_x_alone);
-      return;
+      visit_tile<layout, A, kCheap>(slab, tile, factory, [=](std::int64_t i, Both v, auto lanes) SE_EXT_ALWAYS_INLINE {
+        if (grad_x) store(grad_x + i, v.grad_x, lanes);
+        store(grad_residual + i, v.grad_residual, lanes);
+      });
+    } else {
+      const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+        const PerChannel<layout, A> scale(scales, channels);
+        const PerChannel<layout, A> mean(means, channels);
+        return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+          const Vec<A> s = scale.at(c, lanes);
+          return gv.at(i, s, lanes) * s + mean.at(c, lanes);
+        };
+      };
+      write_tile<layout, kCheap>(slab, tile, grad_x, b.streaming, factory);
     }
-    visit_tile<layout, A, kCheap>(slab, tile, factory, [=](std::int64_t i, Both<A> v, auto lanes) SE_EXT_ALWAYS_INLINE {
-      if (grad_x) store(grad_x + i, v.grad_x, lanes);
-      store(grad_residual + i, v.grad_residual, lanes);
-    });
   });
 }
 
