@@ -11,10 +11,16 @@ namespace {
 using at::Tensor;
 using checks::OptionalTensor;
 
-// Samples are independent here: a thread takes its share of them, or all threads share one sample's weights.
-int threads_by_sample(const Excitation& e, std::int64_t samples) {
+// body(team, first sample, samples): a thread takes its share of the samples, or all share each sample's weights.
+template <class F>
+void run(const Excitation& e, std::int64_t samples, const F& body) {
   const int threads = threads_for(e.weight_bytes() * samples);
-  return samples % threads == 0 || samples >= 4 * threads ? threads : 1;
+  const bool by_sample = samples % threads == 0 || samples >= 4 * threads;
+  parallel(threads, [&](Team all) {
+    if (!by_sample) return body(all, std::int64_t{0}, samples);
+    const auto [begin, end] = all.share(samples);
+    body(Team{}, begin, end - begin);
+  });
 }
 
 // (s in z's dtype, hidden [N, M] for backward)
@@ -30,9 +36,8 @@ std::tuple<Tensor, Tensor> excite_forward(const Tensor& z, const Tensor& w1, con
   const Tensor h = at::empty_like(hidden);
   const Tensor scale = at::empty_like(in);
 
-  parallel(threads_by_sample(e, N), [&](Team all) {
-    const auto [begin, end] = all.share(N);
-    e.forward(Team{}, begin, end - begin, Pointer(in), Pointer(hidden), Pointer(h), Pointer(scale));
+  run(e, N, [&](Team team, std::int64_t first, std::int64_t samples) {
+    e.forward(team, first, samples, Pointer(in), Pointer(hidden), Pointer(h), Pointer(scale));
   });
   return {scale.to(z.scalar_type()), hidden};
 }
@@ -64,10 +69,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor&
   const Tensor grad_z = at::empty_like(in);
 
   e.activate(N, Pointer(saved), Pointer(h));
-  parallel(threads_by_sample(e, N), [&](Team all) {
-    const auto [begin, end] = all.share(N);
-    e.backward(Team{}, begin, end - begin, 1, Pointer(s), Pointer(saved), Pointer(h), Pointer(grad_t),
-               Pointer(grad_hidden), Pointer(grad_z));
+  run(e, N, [&](Team team, std::int64_t first, std::int64_t samples) {
+    e.backward(team, first, samples, 1, Pointer(s), Pointer(saved), Pointer(h), Pointer(grad_t), Pointer(grad_hidden),
+               Pointer(grad_z));
   });
   Excitation::Gradients g = e.empty_gradients({mask[1], mask[2], mask[3], mask[4]});
   e.weight_gradients(N, Pointer(in), Pointer(h), Pointer(grad_t), Pointer(grad_hidden), g);
