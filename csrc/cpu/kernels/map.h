@@ -33,6 +33,10 @@ struct ToCache {
   inline SE_EXT_ALWAYS_INLINE void operator()(std::int64_t i, V v, L lanes) const {
     store(data + i, v, lanes);
   }
+  template <class V>
+  inline SE_EXT_ALWAYS_INLINE void two(std::int64_t i, V v0, V v1) const {
+    store_two(data + i, v0, v1);
+  }
 };
 template <class T>
 struct PastCache {

@@ -183,10 +183,15 @@ SE_EXT_INLINE void visit_four(std::int64_t i, std::int64_t channel, std::int64_t
   constexpr int L = kLanes<A>;
   const auto v0 = compute(i, channel, All{}), v1 = compute(i + L, channel + step, All{}),
              v2 = compute(i + 2 * L, channel + 2 * step, All{}), v3 = compute(i + 3 * L, channel + 3 * step, All{});
-  write(i, v0, All{});
-  write(i + L, v1, All{});
-  write(i + 2 * L, v2, All{});
-  write(i + 3 * L, v3, All{});
+  if constexpr (requires { write.two(i, v0, v1); }) {
+    write.two(i, v0, v1);
+    write.two(i + 2 * L, v2, v3);
+  } else {
+    write(i, v0, All{});
+    write(i + L, v1, All{});
+    write(i + 2 * L, v2, All{});
+    write(i + 3 * L, v3, All{});
+  }
 }
 
 // ChannelsFirst is walked as one contiguous run: a register in which a row ends belongs to two channels, so that stores

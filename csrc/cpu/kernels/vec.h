@@ -270,12 +270,15 @@ SE_EXT_INLINE vuint16 upper_halves(vuint32 u) {
 }
 #endif
 
-// Round to nearest, ties to even; a NaN stays a (quiet) NaN. AVX-512's own conversion is not used: it flushes
-// subnormals to zero.
-SE_EXT_INLINE vuint16 narrow_bfloat16(vfloat v) {
+// Round to nearest, ties to even, in the upper half of each lane; a NaN stays a NaN. AVX-512's own conversion is not
+// used: it flushes subnormals to zero.
+SE_EXT_INLINE vuint32 round_to_bfloat16(vfloat v) {
   const vuint32 u = bit_cast<vuint32>(v);
-  const vuint32 rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  return upper_halves(v != v ? u | 0x400000u : rounded);
+  const vuint32 all_ones_if_nan = (vuint32)(v != v);
+  return (u + 0x7fffu + ((u >> 16) & 1u)) | all_ones_if_nan;
+}
+SE_EXT_INLINE vuint16 narrow_bfloat16(vfloat v) {
+  return upper_halves(round_to_bfloat16(v));
 }
 
 #if defined(__AVX512F__)
@@ -353,6 +356,26 @@ template <class L>
 SE_EXT_INLINE void store(float16* p, vfloat v, L lanes) {
   store_raw(&p->bits, narrow_float16(v), lanes);
 }
+
+// Two neighbouring registers, where one store of both is cheaper.
+template <class T, class V>
+SE_EXT_INLINE void store_two(T* p, V v0, V v1) {
+  store(p, v0, All{});
+  store(p + kLanes<acc_t<T>>, v1, All{});
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+SE_EXT_INLINE void store_two(bfloat16* p, vfloat v0, vfloat v1) {
+  const __m256i h0 = _mm256_srai_epi32((__m256i)round_to_bfloat16(v0), 16);
+  const __m256i h1 = _mm256_srai_epi32((__m256i)round_to_bfloat16(v1), 16);
+  store_raw(&p->bits, _mm256_permute4x64_epi64(_mm256_packs_epi32(h0, h1), 0xd8), All{});
+}
+#elif defined(__SSE2__) && !defined(__AVX2__)
+SE_EXT_INLINE void store_two(bfloat16* p, vfloat v0, vfloat v1) {
+  const __m128i h0 = _mm_srai_epi32((__m128i)round_to_bfloat16(v0), 16);
+  const __m128i h1 = _mm_srai_epi32((__m128i)round_to_bfloat16(v1), 16);
+  store_raw(&p->bits, _mm_packs_epi32(h0, h1), All{});
+}
+#endif
 
 SE_EXT_INLINE void stream(float* p, vfloat v) {
   stream_raw(p, v);
