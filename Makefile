@@ -7,7 +7,8 @@ BUILD := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 NUMERIC := $(addprefix tests/test_,values.py shapes.py autograd.py)
-RESULTS := benchmarks/results/cpu.json
+RESULTS := $(patsubst %,benchmarks/results/%.json,inference train bfloat16 networks allocators)
+BLOCKS := $(BIN)/python benchmarks/run.py --variants eager_conv eager_linear compile compile_linear
 
 .PHONY: help demo test test-isa emulated bench readme lint format clean
 
@@ -28,14 +29,18 @@ test-isa: $(BUILD)  ## the numbers again, on every narrower instruction set that
 emulated: $(BUILD)  ## every op on emulated older CPUs, against illegal instructions; needs qemu-x86_64 (qemu-user)
 	SE_EXT_SLOW=1 SE_EXT_REQUIRE_QEMU=1 $(BIN)/python -m pytest tests/test_emulated.py $(ARGS)
 
-bench: $(BUILD)  ## time se_ext against eager and torch.compile on every real SE block; needs a quiet machine
-	$(BIN)/python benchmarks/run.py --out $(RESULTS) $(ARGS)
+bench: $(BUILD)  ## every measurement behind the README's tables, about an hour; needs a quiet machine
+	$(BLOCKS) --out benchmarks/results/inference.json --mode inference --batch 1 8 32 $(ARGS)
+	$(BLOCKS) --out benchmarks/results/train.json --mode train --batch 8 32 $(ARGS)
+	$(BLOCKS) --out benchmarks/results/bfloat16.json --mode inference --dtype bfloat16 $(ARGS)
+	$(BIN)/python benchmarks/networks.py --out benchmarks/results/networks.json
+	$(BIN)/python benchmarks/allocators.py --out benchmarks/results/allocators.json
 	$(MAKE) readme
 
-readme: $(DEPS)  ## write the benchmark's table and pictures from its results file
+readme: $(DEPS)  ## write the benchmark's tables and pictures from its results files
 	$(BIN)/python benchmarks/report.py $(RESULTS) --readme README.md --plots benchmarks/results
 
-lint: $(DEPS)  ## ruff, clang-format, mypy, and the README's table against its results file
+lint: $(DEPS)  ## ruff, clang-format, mypy, and the README's tables against their results files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)

@@ -1,6 +1,6 @@
 """Turns results files into a summary, a README block and pictures. No number is typed by hand.
 
-python benchmarks/report.py benchmarks/results/cpu.json
+python benchmarks/report.py benchmarks/results/inference.json
 python benchmarks/report.py benchmarks/results/*.json --readme README.md [--check]
 python benchmarks/report.py benchmarks/results/*.json --plots docs/
 

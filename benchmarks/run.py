@@ -1,8 +1,8 @@
 """Times se_ext's SE block against x.clone(), eager PyTorch and torch.compile, interleaved in one process.
 
-python benchmarks/run.py --out benchmarks/results/cpu.json
+python benchmarks/run.py --out benchmarks/results/inference.json
 python benchmarks/run.py --workload 512x7x7 --variants eager_conv --quick
-python benchmarks/run.py --batch 1 8 32 --compare benchmarks/results/cpu.json
+python benchmarks/run.py --batch 1 8 32 --compare benchmarks/results/inference.json
 """
 
 from __future__ import annotations
