@@ -34,16 +34,11 @@ SE_EXT_INLINE void dot_block(std::int64_t columns, const T* w, const T* bias, co
   }
 }
 
-// out [samples, rows] = in [samples, columns] · wᵀ + bias, w [rows, columns]; only rows [begin, end). A few rows of w
-// at a time meet all samples, so that w, the larger of the two, is read from far once.
-template <class T>
-void matvec(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_, const void* bias_,
-            const void* in_, void* out_, std::int64_t begin, std::int64_t end) {
-  using A = acc_t<T>;
-  const T* w = static_cast<const T*>(w_);
-  const T* bias = static_cast<const T*>(bias_);
-  const A* in = static_cast<const A*>(in_);
-  A* out = static_cast<A*>(out_);
+// out [samples, rows] = in [samples, columns] · wᵀ + bias for a wide w: dot products, lanes over the columns. A few
+// rows of w at a time meet all samples, so that w, the larger of the two, is read from far once.
+template <class T, class A>
+SE_EXT_INLINE void matvec_wide(std::int64_t samples, std::int64_t rows, std::int64_t columns, const T* w, const T* bias,
+                               const A* in, A* out, std::int64_t begin, std::int64_t end) {
   const auto block = [&]<int kRows>(std::int64_t r) SE_EXT_ALWAYS_INLINE {
     const auto of = [&]<int kSamples>(std::int64_t n) SE_EXT_ALWAYS_INLINE {
       dot_block<kRows, kSamples>(columns, w + r * columns, bias ? bias + r : nullptr, in + n * columns,
@@ -56,6 +51,94 @@ void matvec(std::int64_t samples, std::int64_t rows, std::int64_t columns, const
   std::int64_t r = begin;
   for (; r + kDotRows <= end; r += kDotRows) block.template operator()<kDotRows>(r);
   for (; r < end; ++r) block.template operator()<1>(r);
+}
+
+// A register of rows of w, `count` of which are there: f(k, column) for every column in order, as a register of rows.
+template <class A, class T, class F>
+SE_EXT_INLINE void for_columns(std::int64_t columns, const T* w, std::int64_t count, const F& f) {
+  constexpr int L = kLanes<A>;
+  const auto square = [&](std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
+    Vec<A> v[L];
+    for (int i = 0; i < L; ++i) v[i] = i < count ? load(w + i * columns + k, lanes) : Vec<A>{};
+    transpose<A>(v);
+    for (int i = 0; i < L; ++i) {
+      if (k + i < columns) f(k + i, v[i]);
+    }
+  };
+  for_lanes<A>(columns, square);
+}
+
+inline constexpr std::int64_t kShortColumns = 32;
+
+// The same product for a tall w of at most kShortColumns columns: lanes over the rows, columns in order. Dot products
+// as short as that would spend their time adding up lanes. w is transposed a few rows at a time.
+template <class T, class A>
+SE_EXT_INLINE void matvec_tall(std::int64_t samples, std::int64_t rows, std::int64_t columns, const T* w, const T* bias,
+                               const A* in, A* out, std::int64_t begin, std::int64_t end) {
+  constexpr int L = kLanes<A>;
+  const auto start = [&](std::int64_t r, auto lanes)
+                         SE_EXT_ALWAYS_INLINE { return bias ? load(bias + r, lanes) : Vec<A>{}; };
+  const auto block = [&]<int kWidth>(std::int64_t r, std::int64_t count, auto lanes) SE_EXT_ALWAYS_INLINE {
+    alignas(64) A panel[kShortColumns * kWidth * L];  // [columns, kWidth registers of rows]
+    for (int i = 0; i < kWidth; ++i) {
+      for_columns<A>(columns, w + (r + i * L) * columns, count,
+                     [&](std::int64_t k, Vec<A> weight)
+                         SE_EXT_ALWAYS_INLINE { store(panel + (k * kWidth + i) * L, weight, All{}); });
+    }
+    const auto of = [&]<int kSamples>(std::int64_t n) SE_EXT_ALWAYS_INLINE {
+      Vec<A> acc[kSamples][kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        for (int b = 0; b < kSamples; ++b) acc[b][i] = start(r + i * L, lanes);
+      }
+      for (std::int64_t k = 0; k < columns; ++k) {
+        for (int i = 0; i < kWidth; ++i) {
+          const Vec<A> weight = load(panel + (k * kWidth + i) * L, All{});
+          for (int b = 0; b < kSamples; ++b) acc[b][i] += in[(n + b) * columns + k] * weight;
+        }
+      }
+      for (int b = 0; b < kSamples; ++b) {
+        for (int i = 0; i < kWidth; ++i) store(out + (n + b) * rows + r + i * L, acc[b][i], lanes);
+      }
+    };
+    std::int64_t n = 0;
+    for (; n + 4 <= samples; n += 4) of.template operator()<4>(n);
+    for (; n < samples; ++n) of.template operator()<1>(n);
+  };
+  const auto one_sample = [&](std::int64_t r, std::int64_t count, auto lanes) SE_EXT_ALWAYS_INLINE {
+    Vec<A> acc = start(r, lanes);
+    for_columns<A>(columns, w + r * columns, count,
+                   [&](std::int64_t k, Vec<A> weight) SE_EXT_ALWAYS_INLINE { acc += in[k] * weight; });
+    store(out + r, acc, lanes);
+  };
+  std::int64_t r = begin;
+  if (samples > 1) {
+    for (; r + 2 * L <= end; r += 2 * L) block.template operator()<2>(r, L, All{});
+  }
+  const auto last = [&](std::int64_t count, auto lanes) SE_EXT_ALWAYS_INLINE {
+    if (samples > 1) {
+      block.template operator()<1>(r, count, lanes);
+    } else if (samples == 1) {
+      one_sample(r, count, lanes);
+    }
+  };
+  for (; r + L <= end; r += L) last(L, All{});
+  if (r < end) last(end - r, First{static_cast<int>(end - r)});
+}
+
+// out [samples, rows] = in [samples, columns] · wᵀ + bias, w [rows, columns]; only rows [begin, end).
+template <class T>
+void matvec(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_, const void* bias_,
+            const void* in_, void* out_, std::int64_t begin, std::int64_t end) {
+  using A = acc_t<T>;
+  const T* w = static_cast<const T*>(w_);
+  const T* bias = static_cast<const T*>(bias_);
+  const A* in = static_cast<const A*>(in_);
+  A* out = static_cast<A*>(out_);
+  if (rows > columns && columns <= kShortColumns) {
+    matvec_tall(samples, rows, columns, w, bias, in, out, begin, end);
+  } else {
+    matvec_wide(samples, rows, columns, w, bias, in, out, begin, end);
+  }
 }
 
 // kSamples samples and kRegisters registers of columns: out[b, k] = Σ_r in[b, r] w[r, k], rows in order.

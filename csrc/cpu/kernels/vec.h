@@ -5,7 +5,9 @@
 // c10's inline functions: compiled for AVX-512 they would be weak symbols that the linker may pick for everybody.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -444,6 +446,24 @@ SE_EXT_INLINE double sum_lanes(vdouble v) {
 }
 SE_EXT_INLINE void sum_lanes_of_four(const vdouble* v, double* sums) {
   for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(v[i]);
+}
+
+// Rows become columns: afterwards lane j of v[i] is what lane i of v[j] was. At every step, blocks of kStep lanes
+// change places between registers kStep apart.
+template <int kStep, class V, std::size_t... lane>
+SE_EXT_INLINE void exchange(V& a, V& b, std::index_sequence<lane...>) {
+  constexpr int L = sizeof...(lane);
+  const V low = __builtin_shufflevector(a, b, (lane & kStep ? L + static_cast<int>(lane) - kStep : lane)...);
+  const V high = __builtin_shufflevector(a, b, (lane & kStep ? L + static_cast<int>(lane) : lane + kStep)...);
+  a = low;
+  b = high;
+}
+template <class A, int kStep = kLanes<A> / 2>
+SE_EXT_INLINE void transpose(Vec<A>* v) {
+  for (int i = 0; i < kLanes<A>; ++i) {
+    if (!(i & kStep)) exchange<kStep>(v[i], v[i + kStep], std::make_index_sequence<kLanes<A>>{});
+  }
+  if constexpr (kStep > 1) transpose<A, kStep / 2>(v);
 }
 
 template <class A>
