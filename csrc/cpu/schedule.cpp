@@ -1,21 +1,27 @@
 #include "schedule.h"
 
-#include <unistd.h>
+#include <fstream>
+#include <string>
 
 namespace se_ext::cpu {
 namespace {
 
 constexpr std::int64_t kSamplesAtOnce = 4;  // samples that the excitation's kernels take per weight they load
 
-#ifdef _SC_LEVEL2_CACHE_SIZE
-constexpr int kL2 = _SC_LEVEL2_CACHE_SIZE, kL3 = _SC_LEVEL3_CACHE_SIZE;
-#else
-constexpr int kL2 = -1, kL3 = -1;
-#endif
-
+// The data cache of this level as the first CPU sees it, in bytes; `otherwise` where Linux does not tell. Not from
+// sysconf: on AMD's CPUs it adds up the last caches of the whole chip, of which a core can use one.
 std::int64_t cache_bytes(int level, std::int64_t otherwise) {
-  const long found = level < 0 ? 0 : sysconf(level);
-  return found > 0 ? found : otherwise;
+  for (int index = 0; index < 8; ++index) {
+    const std::string cache = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+    const auto read = [&](const char* name, auto& value) { return bool(std::ifstream(cache + name) >> value); };
+    int found = 0;
+    std::string type;
+    std::int64_t kilobytes = 0;  // "512K"
+    if (!read("level", found)) break;
+    if (found == level && read("type", type) && type != "Instruction" && read("size", kilobytes))
+      return kilobytes << 10;
+  }
+  return otherwise;
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
@@ -25,8 +31,8 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
 }  // namespace
 
 Schedule Schedule::of(const FeatureMap& map, int maps, std::int64_t weight_bytes) {
-  static const std::int64_t l2_bytes = cache_bytes(kL2, 1 << 20);
-  static const std::int64_t l3_bytes = cache_bytes(kL3, 16 << 20);
+  static const std::int64_t l2_bytes = cache_bytes(2, 1 << 20);
+  static const std::int64_t l3_bytes = cache_bytes(3, 16 << 20);
   Schedule s;
   const std::int64_t slab_bytes = std::max<std::int64_t>(1, map.slab_bytes());
   s.threads = threads_for(map.samples * slab_bytes * maps + weight_bytes);
