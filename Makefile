@@ -7,7 +7,7 @@ BUILD := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 NUMERIC := $(addprefix tests/test_,values.py shapes.py autograd.py)
-RESULTS := $(patsubst %,benchmarks/results/%.json,inference train bfloat16 networks allocators)
+RESULTS := $(patsubst %,benchmarks/results/%.json,inference train bfloat16 networks allocators stages)
 BLOCKS := $(BIN)/python benchmarks/run.py --variants eager_conv eager_linear compile compile_linear
 
 .PHONY: help demo test test-isa emulated bench readme lint format clean
@@ -35,6 +35,7 @@ bench: $(BUILD)  ## every measurement behind the README's tables, about an hour;
 	$(BLOCKS) --out benchmarks/results/bfloat16.json --mode inference --dtype bfloat16 $(ARGS)
 	$(BIN)/python benchmarks/networks.py --out benchmarks/results/networks.json
 	$(BIN)/python benchmarks/allocators.py --out benchmarks/results/allocators.json
+	$(BIN)/python benchmarks/stages.py --out benchmarks/results/stages.json
 	$(MAKE) readme
 
 readme: $(DEPS)  ## write the benchmark's tables and pictures from its results files
