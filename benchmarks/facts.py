@@ -101,7 +101,7 @@ def environment() -> dict[str, str]:
 def header(
     kind: str, device: torch.device, method: str, notes: Sequence[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What every results file says before its rows; `kind` ("blocks", "networks", "allocators", "stages") says what rows."""
+    """What every results file says before its rows; `kind` (see report.KINDS) says which rows."""
     return {
         "schema": 1,
         "kind": kind,
