@@ -129,3 +129,29 @@ def test_excite_does_not_feel_its_batch(dtype, c, restore_threads):
                 for size in range(1, 10):
                     s = se_ext.excite(z[9 - size :], *weights, activation, gate)
                     assert_same_bits([s], [alone[9 - size :]], f"{activation}, {gate}, batch of {size}")
+
+
+# ---- maps larger than the last cache, whose results are written past it (where it is smaller than 48 MB) ----
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_map_gives_what_its_samples_give(dtype, channels_last, offset):
+    """Forward and backward, bit for bit; rows of 57 x 55 points end inside a register, and so do 72 channels."""
+    n, c, h, w = (64 if dtype == torch.bfloat16 else 32), 72, 57, 55
+    shape = (n, h, w, c) if channels_last else (n, c, h, w)
+    x, g = (torch.randn(n * c * h * w + offset).to(dtype)[offset:].view(shape) for _ in range(2))
+    if channels_last:
+        x, g = x.permute(0, 3, 1, 2), g.permute(0, 3, 1, 2)
+    weights = make_weights(c, 8, dtype)
+    assert 2 * x.nbytes > 48e6
+    x.requires_grad_()
+    y = se_ext.squeeze_excite(x, *weights, post_activation="relu")
+    (gx,) = torch.autograd.grad(y, x, g)
+    for i in (0, 1, n - 1):
+        one = x[i : i + 1].detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y1 = se_ext.squeeze_excite(one, *weights, post_activation="relu")
+        (g1,) = torch.autograd.grad(y1, one, g[i : i + 1])
+        assert torch.equal(y[i], y1[0])
+        assert torch.equal(gx[i], g1[0])
