@@ -10,6 +10,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capabilities", &se_ext::cpu_capabilities, "The instruction sets built in that this CPU can run.");
   m.def("compiler", &se_ext::compiler, "The compiler that built the library.");
   m.def("torch_version", &se_ext::torch_version, "The torch version the library was built against.");
+  m.def("cache_bytes", &se_ext::cache_bytes, pybind11::arg("level"),
+        "The size of the CPU's cache of that level (2 or 3), as the schedules of the kernels assume it.");
   m.def("num_threads", &se_ext::num_threads, "The threads that the CPU kernels may use.");
   m.def("openmp_runtime", &se_ext::openmp_runtime, "The path of the OpenMP runtime that serves the CPU kernels.");
 }

@@ -1,6 +1,7 @@
 // What `se_ext._C` and `python -m se_ext` report. Exported from libse_ext; no torch types.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -12,7 +13,9 @@ SE_EXT_API std::string cpu_capability();                 // the instruction set 
 SE_EXT_API std::vector<std::string> cpu_capabilities();  // those built in that this CPU can run
 SE_EXT_API std::string compiler();                       // what built the library
 SE_EXT_API std::string torch_version();                  // the torch it was built against
-SE_EXT_API int num_threads();                            // torch's intra-op threads
-SE_EXT_API std::string openmp_runtime();                 // path of the OpenMP library that answers here
+SE_EXT_API std::int64_t cache_bytes(
+    int level);                           // of CPU 0's data cache; what the schedule assumes where Linux is silent
+SE_EXT_API int num_threads();             // torch's intra-op threads
+SE_EXT_API std::string openmp_runtime();  // path of the OpenMP library that answers here
 
 }  // namespace se_ext

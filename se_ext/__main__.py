@@ -21,6 +21,7 @@ def report() -> dict[str, str]:
         "Python": platform.python_version(),
         "compiler": _C.compiler(),
         "CPU": f"{platform.machine()}, {_C.cpu_capability()} kernels (of {', '.join(_C.cpu_capabilities())})",
+        "caches": f"L2 {_C.cache_bytes(2) >> 10} KB, L3 {_C.cache_bytes(3) >> 10} KB",
         "threads": str(_C.num_threads()),
         "OpenMP runtime": _C.openmp_runtime(),
         "CUDA kernels": cuda,

@@ -15,7 +15,6 @@ from ._names import ACTIVATIONS, GATES, name_of
 # ruff: noqa: UP045
 
 
-@torch.jit.unused
 def _parameters_of(module: nn.Module, name: str) -> tuple[Tensor, Optional[Tensor]]:
     """Weight and bias of a layer. Eight trips through nn.Module.__getattr__ would take longer than the kernels do on a
     small map; a weight that is no plain parameter (parametrize, pruning) is looked up the usual way."""

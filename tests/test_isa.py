@@ -244,6 +244,18 @@ def test_wide_instructions_are_found():
     }
 
 
+@pytest.mark.parametrize("level", [2, 3])
+def test_caches_are_those_that_a_core_can_use(level):
+    """The schedules depend on them; sysconf, the obvious source, adds up the last caches of the chip."""
+    sizes = {
+        (int((cache / "level").read_text()), (cache / "type").read_text().strip()): (cache / "size").read_text().strip()
+        for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
+    }
+    size = sizes.get((level, "Unified"))
+    expected = {2: 1 << 20, 3: 16 << 20}[level] if size is None else int(size.removesuffix("K")) << 10
+    assert _C.cache_bytes(level) == expected
+
+
 def undefined_symbols() -> list[str]:
     lines = tool("nm", "-D", "--undefined-only", LIBRARY).splitlines()
     symbols = [line.split()[-1] for line in lines]

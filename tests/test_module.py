@@ -343,6 +343,18 @@ def test_computed_weights() -> None:
     assert torch.equal(computed(x), plain(x))
 
 
+def test_symbolic_trace() -> None:
+    """torch.fx sees one call of the op, on the module's parameters."""
+    module = SqueezeExcitation(C, M).eval()
+    traced = torch.fx.symbolic_trace(module)
+    assert sum(node.op == "call_function" for node in traced.graph.nodes) == 1
+    assert {node.target for node in traced.graph.nodes if node.op == "get_attr"} == {
+        n for n, _ in module.named_parameters()
+    }
+    x = torch.randn(2, C, 3, 3)
+    assert torch.equal(traced(x), module(x))
+
+
 # ---- training ----
 
 

@@ -104,13 +104,14 @@ def test_every_half_comes_through_unchanged(dtype, row, channels_last):
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-@pytest.mark.parametrize("tail", [False, True])
-def test_results_are_rounded_like_torch_rounds(dtype, tail):
-    """float32 products to the half type, bit by bit: ties to even, overflow to Inf, subnormals."""
+@pytest.mark.parametrize("row", [15, 16, 128], ids=lambda n: f"rows of {n}")
+def test_results_are_rounded_like_torch_rounds(dtype, row):
+    """float32 products to the half type, bit by bit: ties to even, overflow to Inf, subnormals. In rows without, with a
+    few and with many whole registers, which are rounded two at a time."""
     scale = torch.cat([torch.randn(30), 2.0 ** torch.randint(-30, 30, (20,)), torch.tensor([1 / 3, 3e-8, 1e38, 1.5])])
     scale = scale * torch.tensor([1.0, -1.0])[torch.arange(scale.numel()) % 2]
     values = all_bit_patterns(dtype)
-    values = values[:-1].view(-1, 15) if tail else values.view(-1, 16)  # a row without, or with whole registers only
+    values = values[: values.numel() // row * row].view(-1, row)
     x = values[None].expand(scale.numel(), *values.shape).contiguous()
     y = se_ext.rescale(x, scale[:, None].expand(x.shape[:2]))
     expected = (x.float() * scale[:, None, None]).to(dtype)
@@ -119,6 +120,17 @@ def test_results_are_rounded_like_torch_rounds(dtype, tail):
     smallest_normal = torch.finfo(dtype).tiny
     assert expected.isinf().sum() > 1000
     assert ((expected != 0) & (expected.abs() < smallest_normal)).sum() > 1000
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("row", [3, 16, 128], ids=lambda n: f"rows of {n}")
+def test_a_nan_of_any_payload_stays_one(dtype, row):
+    """Rounding adds to the bits: a NaN of all ones, as uninitialised memory may hold, must not carry into a number."""
+    payloads = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, -0x7FFFFF], dtype=torch.int32)
+    scale = payloads.view(torch.float32)[None]
+    assert scale.isnan().all()
+    y = se_ext.rescale(torch.ones(1, scale.numel(), row, dtype=dtype), scale)
+    assert y.isnan().all()
 
 
 # ---- NaN and Inf ----

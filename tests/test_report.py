@@ -40,6 +40,7 @@ def test_every_promised_line_is_printed() -> None:
         "Python",
         "compiler",
         "CPU",
+        "caches",
         "threads",
         "OpenMP runtime",
         "CUDA kernels",

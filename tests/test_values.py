@@ -125,6 +125,52 @@ def test_excite(dtype, weight_dtype, activation, gate, four_dims):
         )
 
 
+# Whole blocks of samples, rows and registers and what is left of each; squeezes narrow and wide, more samples than are
+# copied beside each other, matrices within the first-level cache and beyond it.
+SIZES = [
+    (1, 64, 8),
+    (4, 72, 24),
+    (6, 96, 32),
+    (9, 130, 40),
+    (8, 1031, 33),
+    (16, 2048, 128),
+    (65, 300, 33),
+    (66, 40, 70),
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS_AND_DTYPES)
+def test_excite_of_every_size(dtype, weight_dtype, size):
+    samples, channels, hidden = size
+    z = torch.randn(samples, channels).to(dtype).requires_grad_()
+    tensors = [z, *make_weights(channels, hidden, weight_dtype, requires_grad=True)]
+    names = {"activation": "silu", "gate": "sigmoid"}  # without kinks, where float32 may rightly take the other branch
+    check_against_float64(
+        partial(se_ext.excite, **names),
+        partial(reference.excite, **names),
+        tensors,
+        (channels + hidden, samples * (channels + hidden)),
+    )
+
+
+@pytest.mark.parametrize("channels", [8, 24, 40, 72, 200, 264, 1032, 77])
+@pytest.mark.parametrize("points", [(1, 1), (3, 5), (20, 19)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_channels_last_of_every_width(dtype, points, channels):
+    """Bands of eight, four, two and one registers of channels, and part of one."""
+    x = make_map((2, channels, *points), dtype, channels_last=True, requires_grad=True)
+    tensors = [x, *make_weights(channels, 4, dtype, requires_grad=True)]
+    names = {"activation": "silu", "post_activation": "silu"}
+    length = points[0] * points[1] * channels
+    check_against_float64(
+        partial(se_ext.squeeze_excite, **names),
+        partial(reference.squeeze_excite, **names),
+        tensors,
+        (length, 2 * length),
+    )
+
+
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("post", ACTIVATIONS)
 @pytest.mark.parametrize(("dtype", "scale_dtype"), WEIGHTS_AND_DTYPES)

@@ -4,24 +4,13 @@
 #include "../checks.h"
 #include "../names.h"
 #include "excitation.h"
+#include "schedule.h"
 
 namespace se_ext::cpu {
 namespace {
 
 using at::Tensor;
 using checks::OptionalTensor;
-
-// body(team, first sample, samples): a thread takes its share of the samples, or all share each sample's weights.
-template <class F>
-void run(const Excitation& e, std::int64_t samples, const F& body) {
-  const int threads = threads_for(e.weight_bytes() * samples);
-  const bool by_sample = samples % threads == 0 || samples >= 4 * threads;
-  parallel(threads, [&](Team all) {
-    if (!by_sample) return body(all, std::int64_t{0}, samples);
-    const auto [begin, end] = all.share(samples);
-    body(Team{}, begin, end - begin);
-  });
-}
 
 // (s in z's dtype, hidden [N, M] for backward)
 std::tuple<Tensor, Tensor> excite_forward(const Tensor& z, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
@@ -36,7 +25,7 @@ std::tuple<Tensor, Tensor> excite_forward(const Tensor& z, const Tensor& w1, con
   const Tensor h = at::empty_like(hidden);
   const Tensor scale = at::empty_like(in);
 
-  run(e, N, [&](Team team, std::int64_t first, std::int64_t samples) {
+  Schedule::of(N, e.weight_bytes() * N).run(N, [&](Team team, int, std::int64_t first, std::int64_t samples) {
     e.forward(team, first, samples, Pointer(in), Pointer(hidden), Pointer(h), Pointer(scale));
   });
   return {scale.to(z.scalar_type()), hidden};
@@ -69,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor&
   const Tensor grad_z = at::empty_like(in);
 
   e.activate(N, Pointer(saved), Pointer(h));
-  run(e, N, [&](Team team, std::int64_t first, std::int64_t samples) {
+  Schedule::of(N, e.weight_bytes() * N).run(N, [&](Team team, int, std::int64_t first, std::int64_t samples) {
     e.backward(team, first, samples, 1, Pointer(s), Pointer(saved), Pointer(h), Pointer(grad_t), Pointer(grad_hidden),
                Pointer(grad_z));
   });

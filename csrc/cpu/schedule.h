@@ -19,6 +19,8 @@ struct Schedule {
 
   // maps: how many full-size tensors a block touches. weight_bytes: what is read again for every block.
   static Schedule of(const FeatureMap& map, int maps, std::int64_t weight_bytes);
+  // Without a map: all samples at once, `bytes` of traffic.
+  static Schedule of(std::int64_t samples, std::int64_t bytes);
 
   int teams() const { return by_sample ? threads : 1; }
 

@@ -3,13 +3,13 @@
 #pragma once
 
 #include "activations.h"
+#include "kernels.h"
 #include "vec.h"
 
 namespace se_ext::cpu::SE_EXT_ISA {
 
-// Rows and samples of one block of dot products: their sums, and what is loaded beside them, fill the registers.
+// Rows of one block of dot products: its sums, and what is loaded beside them, fill the registers.
 inline constexpr int kDotRows = kVectorBytes == 64 ? 4 : 3;
-inline constexpr int kDotSamples = 4;
 
 // out[b, r] = Σ_k w[r, k] in[b, k] + bias[r] for kRows rows and kSamples samples, each weight loaded once.
 template <int kRows, int kSamples, class T, class A>
@@ -45,7 +45,7 @@ SE_EXT_INLINE void matvec_wide(std::int64_t samples, std::int64_t rows, std::int
                                  out + n * rows + r, rows);
     };
     std::int64_t n = 0;
-    for (; n + kDotSamples <= samples; n += kDotSamples) of.template operator()<kDotSamples>(n);
+    for (; n + kSamplesAtOnce <= samples; n += kSamplesAtOnce) of.template operator()<kSamplesAtOnce>(n);
     for (; n < samples; ++n) of.template operator()<1>(n);
   };
   std::int64_t r = begin;
@@ -55,7 +55,7 @@ SE_EXT_INLINE void matvec_wide(std::int64_t samples, std::int64_t rows, std::int
 
 // A register of rows of w, `count` of which are there: f(k, column) for every column in order, as a register of rows.
 template <class A, class T, class F>
-SE_EXT_INLINE void for_columns(std::int64_t columns, const T* w, std::int64_t count, const F& f) {
+SE_EXT_INLINE void for_each_column(std::int64_t columns, const T* w, std::int64_t count, const F& f) {
   constexpr int L = kLanes<A>;
   const auto square = [&](std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
     Vec<A> v[L];
@@ -81,9 +81,9 @@ SE_EXT_INLINE void matvec_tall(std::int64_t samples, std::int64_t rows, std::int
   const auto block = [&]<int kWidth>(std::int64_t r, std::int64_t count, auto lanes) SE_EXT_ALWAYS_INLINE {
     alignas(64) A panel[kShortColumns * kWidth * L];  // [columns, kWidth registers of rows]
     for (int i = 0; i < kWidth; ++i) {
-      for_columns<A>(columns, w + (r + i * L) * columns, count,
-                     [&](std::int64_t k, Vec<A> weight)
-                         SE_EXT_ALWAYS_INLINE { store(panel + (k * kWidth + i) * L, weight, All{}); });
+      for_each_column<A>(columns, w + (r + i * L) * columns, count,
+                         [&](std::int64_t k, Vec<A> weight)
+                             SE_EXT_ALWAYS_INLINE { store(panel + (k * kWidth + i) * L, weight, All{}); });
     }
     const auto of = [&]<int kSamples>(std::int64_t n) SE_EXT_ALWAYS_INLINE {
       Vec<A> acc[kSamples][kWidth];
@@ -101,13 +101,13 @@ SE_EXT_INLINE void matvec_tall(std::int64_t samples, std::int64_t rows, std::int
       }
     };
     std::int64_t n = 0;
-    for (; n + 4 <= samples; n += 4) of.template operator()<4>(n);
+    for (; n + kSamplesAtOnce <= samples; n += kSamplesAtOnce) of.template operator()<kSamplesAtOnce>(n);
     for (; n < samples; ++n) of.template operator()<1>(n);
   };
   const auto one_sample = [&](std::int64_t r, std::int64_t count, auto lanes) SE_EXT_ALWAYS_INLINE {
     Vec<A> acc = start(r, lanes);
-    for_columns<A>(columns, w + r * columns, count,
-                   [&](std::int64_t k, Vec<A> weight) SE_EXT_ALWAYS_INLINE { acc += in[k] * weight; });
+    for_each_column<A>(columns, w + r * columns, count,
+                       [&](std::int64_t k, Vec<A> weight) SE_EXT_ALWAYS_INLINE { acc += in[k] * weight; });
     store(out + r, acc, lanes);
   };
   std::int64_t r = begin;
@@ -169,8 +169,8 @@ void vecmat(std::int64_t samples, std::int64_t rows, std::int64_t columns, const
   A* out = static_cast<A*>(out_);
   const auto band = [&]<int kWidth>(std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
     std::int64_t n = 0;
-    for (; n + 4 <= samples; n += 4) {
-      combine_block<4, kWidth>(rows, columns, w + k, in + n * rows, out + n * columns + k, lanes);
+    for (; n + kSamplesAtOnce <= samples; n += kSamplesAtOnce) {
+      combine_block<kSamplesAtOnce, kWidth>(rows, columns, w + k, in + n * rows, out + n * columns + k, lanes);
     }
     for (; n < samples; ++n) {
       combine_block<1, kWidth>(rows, columns, w + k, in + n * rows, out + n * columns + k, lanes);

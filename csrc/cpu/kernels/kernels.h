@@ -14,6 +14,8 @@ struct MapKernels {
   void (*rescale_backward_apply)(const Slab&, Tile, const RescaleBackward&);
 };
 
+static constexpr int kSamplesAtOnce = 4;  // that a loaded weight of the excitation meets
+
 // The excitation's products, by the weights' dtype; in and out are acc (dense.h).
 struct DenseKernels {
   void (*matvec)(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w, const void* bias,
