@@ -6,8 +6,7 @@ DEPS := $(VENV)/.dependencies
 BUILD := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
-NUMERIC := $(addprefix tests/test_,values.py shapes.py autograd.py)
-RESULTS := $(patsubst %,benchmarks/results/%.json,inference train bfloat16 networks allocators stages)
+RESULTS := $(patsubst %,benchmarks/results/%.json,inference inference-batch8 train networks allocators stages)
 BLOCKS := $(BIN)/python benchmarks/run.py --variants eager_conv eager_linear compile compile_linear
 
 .PHONY: help demo test test-isa emulated bench readme lint format clean
@@ -21,18 +20,18 @@ demo: $(BUILD)  ## train a small CNN on handwritten digits: without SE, with pla
 test: $(BUILD)  ## every test
 	SE_EXT_REQUIRE_BUILD_TREE=1 $(BIN)/python -m pytest $(ARGS)
 
-test-isa: $(BUILD)  ## the numbers again, on every narrower instruction set that this CPU has
+test-isa: $(BUILD)  ## every test again, on every narrower instruction set that this CPU has
 	for isa in $$($(BIN)/python -c "from se_ext import _C; print(*_C.cpu_capabilities()[:-1])"); do \
-	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(BIN)/python -m pytest $(NUMERIC) $(ARGS) || exit 1; \
+	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(BIN)/python -m pytest $(ARGS) || exit 1; \
 	done
 
 emulated: $(BUILD)  ## every op on emulated older CPUs, against illegal instructions; needs qemu-x86_64 (qemu-user)
 	SE_EXT_SLOW=1 SE_EXT_REQUIRE_QEMU=1 $(BIN)/python -m pytest tests/test_emulated.py $(ARGS)
 
-bench: $(BUILD)  ## every measurement behind the README's tables, about an hour; needs a quiet machine
-	$(BLOCKS) --out benchmarks/results/inference.json --mode inference --batch 1 8 32 $(ARGS)
-	$(BLOCKS) --out benchmarks/results/train.json --mode train --batch 8 32 $(ARGS)
-	$(BLOCKS) --out benchmarks/results/bfloat16.json --mode inference --dtype bfloat16 $(ARGS)
+bench: $(BUILD)  ## every measurement behind the README's tables; needs a quiet machine
+	$(BLOCKS) --out benchmarks/results/inference.json --mode inference --batch 1 32 --rounds 8 $(ARGS)
+	$(BLOCKS) --out benchmarks/results/inference-batch8.json --mode inference --dtype float32 bfloat16 --rounds 8 $(ARGS)
+	$(BLOCKS) --out benchmarks/results/train.json --mode train --batch 8 32 --rounds 5 $(ARGS)
 	$(BIN)/python benchmarks/networks.py --out benchmarks/results/networks.json
 	$(BIN)/python benchmarks/allocators.py --out benchmarks/results/allocators.json
 	$(BIN)/python benchmarks/stages.py --out benchmarks/results/stages.json

@@ -11,12 +11,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import allocator
+import command
 
-LAYOUTS = ["nchw", "nhwc"]
 METHOD = (
     "Each environment is a fresh process, because glibc and torch read their settings at start-up only. In it variants "
     "take turns (A B C, B C A, ...), one block of calls each per round; samples_us has the time per call of each "
@@ -27,15 +26,12 @@ METHOD = (
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
+    command.add_workload(parser)
     add = parser.add_argument
     names = list(allocator.ENVIRONMENTS)
     add("--environment", nargs="+", choices=names, default=names, help="default: all")
-    add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="default: both")
-    add("--workload", default="", metavar="TEXT", help="only those with TEXT in their or a network's name")
-    add("--out", type=Path, metavar="FILE.json", help="write the results here")
     add("--rounds", type=int, default=10, help="blocks timed per variant, default: 10")
-    add("--quick", action="store_true", help="2 rounds of one call: does it work, not how fast it is")
     add("--here", action="store_true", help="in this process's environment; print the rows as lines of JSON")
     return parser.parse_args(arguments)
 
@@ -50,19 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     cases = large_inputs.cases(options.workload)
     if not cases:
-        return _fail(f"--workload {options.workload}: expected part of one of {', '.join(large_inputs.NAMES)}")
+        return command.fail(f"--workload {options.workload}: expected part of one of {', '.join(large_inputs.NAMES)}")
     if options.here:
         try:
             for row in large_inputs.measure(options.workload, options.layout, _plan(options)):
                 print(json.dumps(row), flush=True)
         except WrongResult as error:
-            return _fail(f"not timed, because the result is wrong: {error}")
+            return command.fail(f"not timed, because the result is wrong: {error}")
         return 0
     try:
         results = _measure(options, arguments, len(cases) * len(options.layout))
     except subprocess.CalledProcessError as error:
-        return _fail(f"the process that measures failed with exit status {error.returncode}")
-    return _publish(options, results)
+        return command.fail(f"the process that measures failed with exit status {error.returncode}")
+    command.publish(results, options.out)
+    return 0
 
 
 def _measure(options: argparse.Namespace, arguments: list[str], rows_each: int) -> dict[str, Any]:
@@ -97,29 +94,12 @@ def _child(environment: str, arguments: list[str]) -> Iterator[dict[str, Any]]:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def _publish(options: argparse.Namespace, results: dict[str, Any]) -> int:
-    import report
-    import results_file
-
-    print(report.markdown([results], ["this run"], targets=False))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        results_file.save(results, options.out)
-        print(f"wrote {options.out}", file=sys.stderr)
-    return 0
-
-
 def _plan(options: argparse.Namespace) -> Any:
     from timing import Plan
 
     if options.quick:
         return Plan(rounds=2, block_ms=0, warmup_ms=0, lead_in_calls=0)
     return Plan(rounds=options.rounds, block_ms=20, warmup_ms=20, lead_in_calls=1)
-
-
-def _fail(message: str) -> int:
-    print(f"allocators.py: {message}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Grid:
 def measure(grid: Grid, plan: Plan, announce: Callable[[str], object]) -> Iterator[summary.Row]:
     """Yields one row after the other, announced before it is timed; raises WrongResult rather than time a
     wrong kernel."""
-    for dtype, batch, workload, layout in itertools.product(grid.dtypes, grid.batches, grid.workloads, grid.layouts):
+    # The dtypes side by side, because they are compared with each other too.
+    for batch, workload, layout, dtype in itertools.product(grid.batches, grid.workloads, grid.layouts, grid.dtypes):
         problem = draw_problem(workload, layout, batch, getattr(torch, dtype), grid.device, SEED)
         expected = reference(problem)
         for mode in grid.modes:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import allocator
+import command
 
-LAYOUTS = ["nchw", "nhwc"]
 METHOD = (
     "Variants take turns (A B C, B C A, ...), one block of calls each per round, all in one process; samples_us has "
     "the time per call of each block. as_is is timm's network with random weights, se_ext and se_ext_inplace the same "
@@ -25,13 +24,10 @@ METHOD = (
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
     add = parser.add_argument
     add("--network", default="", metavar="TEXT", help="only those with TEXT in their name")
-    add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="default: both")
-    add("--out", type=Path, metavar="FILE.json", help="write the results here")
     add("--rounds", type=int, help="blocks timed per variant, default: what fits into some seconds per row")
-    add("--quick", action="store_true", help="2 rounds: does it work, not how fast it is")
     return parser.parse_args(arguments)
 
 
@@ -40,8 +36,6 @@ def main(arguments: list[str] | None = None) -> int:
     # Imported here so that --help, a wrong option and the restart in allocator.py don't wait for torch.
     import facts
     import network_harness
-    import report
-    import results_file
     import timm_networks
     import torch
     from problem import WrongResult
@@ -49,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     names = [name for name in timm_networks.NETWORKS if options.network in name]
     if not names:
-        return _fail(f"--network {options.network}: expected part of one of {', '.join(timm_networks.NETWORKS)}")
+        return command.fail(f"--network {options.network}: expected part of one of {', '.join(timm_networks.NETWORKS)}")
     rounds = 2 if options.quick else options.rounds
     budget = network_harness.Budget(least=rounds, most=rounds) if rounds else network_harness.Budget()
     settings = {
@@ -69,18 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
                 results["rows"].append(row)
                 bar.update()
     except WrongResult as error:
-        return _fail(f"not timed, because the result is wrong: {error}")
-    print(report.markdown([results], ["this run"], targets=False))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        results_file.save(results, options.out)
-        print(f"wrote {options.out}", file=sys.stderr)
+        return command.fail(f"not timed, because the result is wrong: {error}")
+    command.publish(results, options.out)
     return 0
-
-
-def _fail(message: str) -> int:
-    print(f"networks.py: {message}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

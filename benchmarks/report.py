@@ -20,7 +20,7 @@ from allocator_tables import allocator_table, large_input_table
 from block_tables import against_the_better, slow_rows, summary_table, workload_tables
 from markdown_table import folded
 from network_tables import network_table
-from stage_tables import stage_table
+from stage_tables import stage_tables
 from summary import Row, row_key
 from targets import rows_below, target_table
 
@@ -44,7 +44,7 @@ def markdown(files: Sequence[Results], names: Sequence[str], targets: bool = Tru
         *([summary_table(blocks)] if blocks else []),
         *([target_table(judged), *_rows_below(judged)] if targets else []),
         *([slow_rows(blocks)] if blocks else []),
-        *([stage_table(stages)] if stages else []),
+        *stage_tables(stages),
         *_disturbed([row for rows in measured.values() for row in rows]),
         *([network_table(networks)] if networks else []),
         *([allocator_table(large)] if large else []),

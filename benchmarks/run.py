@@ -12,30 +12,27 @@ import sys
 from pathlib import Path
 
 import allocator
+import command
 
 VARIANTS = ["clone", "eager_conv", "eager_linear", "compile", "compile_linear", "se_ext"]
 DEFAULT_VARIANTS = ["clone", "eager_conv", "eager_linear", "compile", "se_ext"]
-LAYOUTS = ["nchw", "nhwc"]
 MODES = ["inference", "train"]
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 ALWAYS = {"clone", "se_ext"}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
+    command.add_workload(parser)
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="default: both")
     add("--batch", nargs="+", type=int, default=[8], help="default: 8")
-    add("--workload", default="", metavar="TEXT", help="only those with TEXT in their or a network's name")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="default: both")
     variants_help = "default: all but compile_linear; clone and se_ext are always timed"
     add("--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS, help=variants_help)
-    add("--out", type=Path, metavar="FILE.json", help="write the results here")
     add("--compare", type=Path, metavar="OLDER.json", help="print what became faster since these results")
     add("--rounds", type=int, default=20, help="blocks timed per variant, default: 20")
-    add("--quick", action="store_true", help="3 short rounds: does it work, not how fast it is")
     options = parser.parse_args(arguments)
     options.variants = [name for name in VARIANTS if name in {*options.variants, *ALWAYS}]
     return options

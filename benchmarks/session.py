@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 import allocator
+import command
 import compare
 import facts
-import report
 import results_file
 import torch
 from harness import SEED, Grid, measure
@@ -32,14 +32,12 @@ METHOD = (
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status: 0, or 1 if there was nothing to time or a result was wrong."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        return _fail("--device cuda: this torch finds no CUDA device")
+        return command.fail("--device cuda: this torch finds no CUDA device")
     older = results_file.load(options.compare) if options.compare else None
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
     workloads, skipped = ([w for w in found if w.matches(options.workload)] for found in read_workloads())
     if not workloads:
         reason = SKIP_REASON if skipped else "no workload and no network has this in its name"
-        return _fail(f"--workload {options.workload}: {reason}")
+        return command.fail(f"--workload {options.workload}: {reason}")
 
     results = _header(options, skipped)
     for note in results["notes"]:
@@ -47,14 +45,11 @@ def run(options: argparse.Namespace) -> int:
     try:
         results["rows"] = _measure(options, workloads)
     except WrongResult as error:
-        return _fail(f"not timed, because the result is wrong: {error}")
+        return command.fail(f"not timed, because the result is wrong: {error}")
 
-    print(report.markdown([results], ["this run"], targets=False))
+    command.publish(results, options.out)
     if older:
         print(f"\n{compare.markdown(older, results)}")
-    if options.out:
-        results_file.save(results, options.out)
-        print(f"wrote {options.out}", file=sys.stderr)
     return 0
 
 
@@ -100,8 +95,3 @@ def _header(options: argparse.Namespace, skipped: list[Workload]) -> dict[str, A
             {"name": w.name, "networks": [use.model for use in w.uses], "reason": SKIP_REASON} for w in skipped
         ],
     }
-
-
-def _fail(message: str) -> int:
-    print(f"run.py: {message}", file=sys.stderr)
-    return 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from results_header import HEADER
 from torch import Tensor, nn
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -68,14 +69,7 @@ def results() -> dict[str, Any]:
         },
     )
     ahead = make_row("ahead", "nhwc", {"clone": [4.0] * 3, "eager_linear": [54.0] * 3, "se_ext": [9.0] * 3})
-    return {
-        "date": "2026-01-02T03:04:05+00:00",
-        "notes": ["page faults taken out"],
-        "machine": {"cpu": "a CPU", "gpu": None, "threads": 2, "isa": "avx2"},
-        "software": {"torch": "2.13.0"},
-        "git": {"commit": "0123456789abcdef", "dirty": False},
-        "rows": [behind, ahead],
-    }
+    return {**HEADER, "rows": [behind, ahead]}
 
 
 def test_workloads_are_timed_once_and_keep_their_networks() -> None:
