@@ -36,12 +36,25 @@ Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTenso
                                     activation, gate, cast.map(residual), post_activation);
 }
 
+std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w1,
+    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, bool batch_statistics, double eps,
+    std::string_view pre_activation, std::string_view activation, std::string_view gate, const OptionalTensor& residual,
+    std::string_view post_activation, const OptionalTensor& drop_scale) {
+  const Autocast cast(input);
+  return ops::bn_squeeze_excite().call(cast.map(input), cast.weight(weight), cast.weight(bias), cast.weight(w1),
+                                       cast.weight(b1), cast.weight(w2), cast.weight(b2), batch_statistics, eps,
+                                       pre_activation, activation, gate, cast.map(residual), post_activation,
+                                       cast.weight(drop_scale));
+}
+
 // The in-place ops are left out: they write into input, whose dtype has to stay.
 void register_all(torch::Library& m) {
   m.impl("squeeze", squeeze);
   m.impl("excite", excite);
   m.impl("rescale", rescale);
   m.impl("squeeze_excite", squeeze_excite);
+  m.impl("bn_squeeze_excite", bn_squeeze_excite);
 }
 
 TORCH_LIBRARY_IMPL(se_ext, AutocastCPU, m) {

@@ -179,6 +179,62 @@ struct SqueezeExcite : torch::autograd::Function<SqueezeExcite> {
   }
 };
 
+struct BnSqueezeExcite : torch::autograd::Function<BnSqueezeExcite> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                               const OptionalTensor& b2, bool batch_statistics, double eps,
+                               std::string_view pre_activation, std::string_view activation, std::string_view gate,
+                               const OptionalTensor& residual, std::string_view post_activation,
+                               const OptionalTensor& drop_scale) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, mean, var, inverse, sample_means, z, hidden, scale] =
+        ops::_bn_squeeze_excite_forward().call(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps,
+                                               pre_activation, activation, gate, residual, post_activation, drop_scale);
+    const Activation post = parse_activation("bn_squeeze_excite", "post_activation", post_activation);
+    ctx->save_for_backward({input, or_undefined(weight), or_undefined(bias), w1, or_undefined(b1), w2, or_undefined(b2),
+                            mean, inverse, sample_means, z, hidden, scale, saved_for(post, output, residual),
+                            or_undefined(drop_scale)});
+    ctx->mark_non_differentiable({mean, var});
+    ctx->saved_data["batch_statistics"] = batch_statistics;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["pre_activation"] = std::string(pre_activation);
+    ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["gate"] = std::string(gate);
+    ctx->saved_data["residual"] = residual.has_value();
+    ctx->saved_data["post_activation"] = std::string(post_activation);
+    return {output, mean, var};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto s = ctx->get_saved_variables();
+    const auto name = [&](const char* key) { return ctx->saved_data[key].toStringView(); };
+    const auto post = name("post_activation");
+    auto mask = wanted<8>(ctx, {true, s[1].defined(), s[2].defined(), true, s[4].defined(), true, s[6].defined(),
+                                ctx->saved_data["residual"].toBool()});
+    const bool residual_gets_grad = mask[7] && post == "identity";
+    if (residual_gets_grad) mask[7] = false;
+    auto [gx, gw, gb, gw1, gb1, gw2, gb2, gr] = ops::_bn_squeeze_excite_backward().call(
+        grads[0], s[0], optional(s[1]), optional(s[2]), s[3], optional(s[4]), s[5], optional(s[6]), s[7], s[8], s[9],
+        s[10], s[11], s[12], optional(s[13]), optional(s[14]), ctx->saved_data["batch_statistics"].toBool(),
+        ctx->saved_data["eps"].toDouble(), name("pre_activation"), name("activation"), name("gate"), post, mask);
+    return {gx,
+            gw,
+            gb,
+            gw1,
+            gb1,
+            gw2,
+            gb2,
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            residual_gets_grad ? grads[0] : gr,
+            Tensor(),
+            Tensor()};
+  }
+};
+
 // ---- the kernels at the Autograd key: formula, recorded, or straight through ----
 
 Tensor squeeze(const Tensor& input) {
@@ -220,6 +276,37 @@ Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTenso
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return ops::squeeze_excite().call(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w1,
+    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, bool batch_statistics, double eps,
+    std::string_view pre_activation, std::string_view activation, std::string_view gate, const OptionalTensor& residual,
+    std::string_view post_activation, const OptionalTensor& drop_scale) {
+  checks::placement("bn_squeeze_excite", {{"input", input},
+                                          {"bn_weight", weight},
+                                          {"bn_bias", bias},
+                                          {"w1", w1},
+                                          {"b1", b1},
+                                          {"w2", w2},
+                                          {"b2", b2},
+                                          {"residual", residual},
+                                          {"drop_scale", drop_scale}});
+  TORCH_CHECK(!is_recorded(drop_scale),
+              "bn_squeeze_excite: expected drop_scale that does not require grad (it is drawn at random, and gets no "
+              "gradient), got one that does");
+  if (needs_formula(input, weight, bias, w1, b1, w2, b2, residual, drop_scale)) {
+    return composite::bn_squeeze_excite(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
+                                        activation, gate, residual, post_activation, drop_scale);
+  }
+  if (is_recorded(input, weight, bias, w1, b1, w2, b2, residual)) {
+    auto outputs = BnSqueezeExcite::apply(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
+                                          activation, gate, residual, post_activation, drop_scale);
+    return {outputs[0], outputs[1], outputs[2]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::bn_squeeze_excite().call(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
+                                       activation, gate, residual, post_activation, drop_scale);
 }
 
 Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
@@ -279,6 +366,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
                                               gate, post_activation, mask);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, const Tensor& mean,
+    const Tensor& inverse, const Tensor& sample_means, const Tensor& z, const Tensor& hidden, const Tensor& scale,
+    const OptionalTensor& saved, const OptionalTensor& drop_scale, bool batch_statistics, double eps,
+    std::string_view pre_activation, std::string_view activation, std::string_view gate,
+    std::string_view post_activation, std::array<bool, 8> mask) {
+  if (is_recorded(grad_output, input, weight, bias, w1, b1, w2, b2, saved) ||
+      has_tangents(grad_output, input, weight, bias, w1, b1, w2, b2, saved)) {
+    return composite::bn_squeeze_excite_backward(grad_output, input, weight, bias, w1, b1, w2, b2, saved, drop_scale,
+                                                 batch_statistics, eps, pre_activation, activation, gate,
+                                                 post_activation, mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::_bn_squeeze_excite_backward().call(grad_output, input, weight, bias, w1, b1, w2, b2, mean, inverse,
+                                                 sample_means, z, hidden, scale, saved, drop_scale, batch_statistics,
+                                                 eps, pre_activation, activation, gate, post_activation, mask);
+}
+
 TORCH_LIBRARY_IMPL(se_ext, Autograd, m) {
   m.impl("squeeze", squeeze);
   m.impl("excite", excite);
@@ -291,6 +397,9 @@ TORCH_LIBRARY_IMPL(se_ext, Autograd, m) {
   m.impl("_rescale_backward", rescale_backward);
   m.impl("_squeeze_excite_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_squeeze_excite_backward", squeeze_excite_backward);
+  m.impl("bn_squeeze_excite", bn_squeeze_excite);
+  m.impl("_bn_squeeze_excite_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_bn_squeeze_excite_backward", bn_squeeze_excite_backward);
 }
 
 // Counts the writes, so that autograd notices when a saved tensor was overwritten.

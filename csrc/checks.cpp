@@ -142,6 +142,14 @@ void tail(const char* op, const Tensor& input, const OptionalTensor& residual, s
   parse_activation(op, "post_activation", post_activation);
 }
 
+// One value per channel, or per sample.
+void vector(const char* op, const char* name, const OptionalTensor& t, const Tensor& input, const c10::SymInt& size) {
+  if (!t.has_value()) return;
+  device(op, name, *t, input);
+  dtype_beside(op, name, *t, input.scalar_type());
+  shape(op, name, *t, {size});
+}
+
 }  // namespace
 
 void squeeze(const Tensor& input) {
@@ -169,6 +177,23 @@ void squeeze_excite(const char* op, const Tensor& input, const Excitation& e, co
   map(op, input);
   excitation(op, input, e);
   tail(op, input, residual, post_activation);
+}
+
+void bn_squeeze_excite(const char* op, const Tensor& input, const Prologue& p, const Excitation& e,
+                       const OptionalTensor& residual, std::string_view post_activation,
+                       const OptionalTensor& drop_scale) {
+  map(op, input);
+  vector(op, "bn_weight", p.weight, input, input.sym_size(1));
+  vector(op, "bn_bias", p.bias, input, input.sym_size(1));
+  excitation(op, input, e);
+  tail(op, input, residual, post_activation);
+  vector(op, "drop_scale", drop_scale, input, input.sym_size(0));
+  parse_activation(op, "pre_activation", p.pre_activation);
+  if (!p.batch_statistics) return;
+  c10::SymInt values = input.sym_size(0);
+  for (int64_t d = 2; d < input.dim(); ++d) values *= input.sym_size(d);
+  TORCH_CHECK_VALUE(values != 1, op, ": expected more than one value per channel when training, got input of shape ",
+                    input.sym_sizes());
 }
 
 void placement(const char* op, Arguments arguments) {
@@ -218,6 +243,13 @@ void saved(const char* op, const char* name, const Tensor& tensor, const c10::Sy
   strided(op, name, tensor);
   dtype(op, name, tensor, type);
   shape(op, name, tensor, {rows, columns});
+}
+
+void saved_vector(const char* op, const char* name, const Tensor& tensor, const c10::SymInt& size,
+                  at::ScalarType type) {
+  strided(op, name, tensor);
+  dtype(op, name, tensor, type);
+  shape(op, name, tensor, {size});
 }
 
 void same_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {

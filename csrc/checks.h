@@ -24,12 +24,24 @@ struct Excitation {
   std::string_view gate;
 };
 
+// What stands before the block: u = pre(weight ⊙ norm(input) + bias).
+struct Prologue {
+  const OptionalTensor& weight;
+  const OptionalTensor& bias;
+  bool batch_statistics;
+  std::string_view pre_activation;
+};
+
 void squeeze(const at::Tensor& input);
 void excite(const at::Tensor& z, const Excitation& e);
 void rescale(const char* op, const at::Tensor& input, const at::Tensor& scale, const OptionalTensor& residual,
              std::string_view post_activation);
 void squeeze_excite(const char* op, const at::Tensor& input, const Excitation& e, const OptionalTensor& residual,
                     std::string_view post_activation);
+
+void bn_squeeze_excite(const char* op, const at::Tensor& input, const Prologue& p, const Excitation& e,
+                       const OptionalTensor& residual, std::string_view post_activation,
+                       const OptionalTensor& drop_scale);
 
 // A tensor argument by its name; nothing is asked of one that is absent.
 struct Argument {
@@ -55,5 +67,7 @@ void apart(const char* op, const at::Tensor& input, const OptionalTensor& residu
 void same_shape(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& like);
 void saved(const char* op, const char* name, const at::Tensor& tensor, const c10::SymInt& rows,
            const c10::SymInt& columns, at::ScalarType type);
+void saved_vector(const char* op, const char* name, const at::Tensor& tensor, const c10::SymInt& size,
+                  at::ScalarType type);
 
 }  // namespace se_ext::checks

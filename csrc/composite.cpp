@@ -90,6 +90,38 @@ Tensor weigh(const Tensor& x, const Tensor& scale, const OptionalTensor& residua
   return residual.has_value() ? v + residual->to(type) : v;
 }
 
+Tensor per_channel(const Tensor& v, const Tensor& x) {
+  std::vector<int64_t> shape(x.dim(), 1);
+  shape[1] = -1;
+  return v.to(accumulation_type(x.scalar_type())).view(shape);
+}
+
+// u = pre(weight ⊙ norm(x) + bias), and the batch's mean and biased variance, undefined where nothing is normalised.
+struct Prologue {
+  Tensor u, mean, var;
+};
+Prologue prologue(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, bool batch_statistics,
+                  double eps, Activation pre) {
+  Prologue r;
+  r.u = x.to(accumulation_type(x.scalar_type()));
+  if (batch_statistics) {
+    std::vector<int64_t> dims{0};
+    for (int64_t d = 2; d < x.dim(); ++d) dims.push_back(d);
+    r.mean = r.u.mean(dims);
+    const Tensor centered = r.u - per_channel(r.mean, x);
+    r.var = (centered * centered).mean(dims);
+    r.u = centered * per_channel((r.var + eps).rsqrt(), x);
+  }
+  if (weight.has_value()) r.u = r.u * per_channel(*weight, x);
+  if (bias.has_value()) r.u = r.u + per_channel(*bias, x);
+  r.u = activate(pre, r.u);
+  return r;
+}
+
+Tensor dropped(const Tensor& scale, const OptionalTensor& drop_scale) {
+  return drop_scale.has_value() ? scale * drop_scale->to(scale.scalar_type()).unsqueeze(1) : scale;
+}
+
 // ---- differentiable backward ----
 
 // Stands for `t` in a formula that is differentiated anew: a view of it, so that a derivative with respect to it is not
@@ -125,27 +157,28 @@ std::vector<Tensor> gradients(const Recording& recording, const Tensor& output, 
   return result;
 }
 
-// Backward of y = post(weigh(x, s, residual)), s a function of `inputs` (x first among them), in the terms of
-// `saved`. Returns the gradients of `inputs` and, last, of the residual.
-template <class Scale>
-std::vector<Tensor> tail_backward(const Recording& recording, const Tensor& grad, const Tensor& x, const Scale& scale,
+// Backward of y = post(v(residual)), v a function of `inputs` (the map first among them), in the terms of `saved`.
+// Returns the gradients of `inputs` and, last, of the residual.
+template <class V>
+std::vector<Tensor> tail_backward(const Recording& recording, const Tensor& grad, const V& v,
                                   const OptionalTensor& saved, Activation post, std::vector<OptionalTensor> inputs,
                                   std::vector<bool> wanted) {
+  const at::ScalarType map_type = inputs[0]->scalar_type();
   if (saved.has_value() && slope_from_output(post)) {
-    const auto type = accumulation_type(x.scalar_type());
+    const auto type = accumulation_type(map_type);
     const Tensor gv = [&] {
       const c10::AutoGradMode as_the_result(recording.result);
       return through_output(post, grad.to(type), saved->to(type));
     }();
     const bool want_residual = wanted.back();
     wanted.pop_back();
-    std::vector<Tensor> result = gradients(recording, weigh(x, scale(), std::nullopt), gv, inputs, wanted);
-    result.push_back(want_residual ? gv.to(x.scalar_type()) : Tensor());
+    std::vector<Tensor> result = gradients(recording, v(std::nullopt), gv, inputs, wanted);
+    result.push_back(want_residual ? gv.to(map_type) : Tensor());
     return result;
   }
   const OptionalTensor residual = stand_in(saved);
   inputs.push_back(residual);
-  return gradients(recording, activate(post, weigh(x, scale(), residual)), grad, inputs, wanted);
+  return gradients(recording, activate(post, v(residual)), grad, inputs, wanted);
 }
 
 }  // namespace
@@ -200,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
   const Recording recording;
   const Tensor x = stand_in(input), s = stand_in(scale);
   const auto g = tail_backward(
-      recording, grad_output, x, [&] { return s; }, saved,
+      recording, grad_output, [&](const OptionalTensor& r) { return weigh(x, s, r); }, saved,
       parse_activation("rescale", "post_activation", post_activation), {x, s},
       std::vector<bool>(mask.begin(), mask.end()));
   return {g[0], g[1], g[2]};
@@ -214,14 +247,59 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
   const Recording recording;
   const Tensor x = stand_in(input), w1 = stand_in(w1_), w2 = stand_in(w2_);
   const OptionalTensor b1 = stand_in(b1_), b2 = stand_in(b2_);
-  const auto scale = [&] {
-    return scales(spatial_mean(x), w1, b1, w2, b2, parse_activation(op, "activation", activation),
-                  parse_gate(op, gate));
+  const auto v = [&](const OptionalTensor& residual) {
+    return weigh(
+        x,
+        scales(spatial_mean(x), w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate)),
+        residual);
   };
   const auto g =
-      tail_backward(recording, grad_output, x, scale, saved, parse_activation(op, "post_activation", post_activation),
+      tail_backward(recording, grad_output, v, saved, parse_activation(op, "post_activation", post_activation),
                     {x, w1, b1, w2, b2}, std::vector<bool>(mask.begin(), mask.end()));
   return {g[0], g[1], g[2], g[3], g[4], g[5]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w1,
+    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, bool batch_statistics, double eps,
+    std::string_view pre_activation, std::string_view activation, std::string_view gate, const OptionalTensor& residual,
+    std::string_view post_activation, const OptionalTensor& drop_scale) {
+  const char* op = "bn_squeeze_excite";
+  checks::bn_squeeze_excite(op, input, {weight, bias, batch_statistics, pre_activation},
+                            {w1, b1, w2, b2, activation, gate}, residual, post_activation, drop_scale);
+  const Prologue p =
+      prologue(input, weight, bias, batch_statistics, eps, parse_activation(op, "pre_activation", pre_activation));
+  const Tensor s =
+      scales(spatial_mean(p.u), w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
+  const Tensor y =
+      activate(parse_activation(op, "post_activation", post_activation), weigh(p.u, dropped(s, drop_scale), residual))
+          .to(input.scalar_type());
+  if (batch_statistics) return {y, p.mean.detach(), p.var.detach()};
+  const auto none = [&] { return at::empty({0}, p.u.options()); };
+  return {y, none(), none()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight_, const OptionalTensor& bias_,
+    const Tensor& w1_, const OptionalTensor& b1_, const Tensor& w2_, const OptionalTensor& b2_,
+    const OptionalTensor& saved, const OptionalTensor& drop_scale, bool batch_statistics, double eps,
+    std::string_view pre_activation, std::string_view activation, std::string_view gate,
+    std::string_view post_activation, std::array<bool, 8> mask) {
+  const char* op = "bn_squeeze_excite";
+  const Recording recording;
+  const Tensor x = stand_in(input), w1 = stand_in(w1_), w2 = stand_in(w2_);
+  const OptionalTensor weight = stand_in(weight_), bias = stand_in(bias_), b1 = stand_in(b1_), b2 = stand_in(b2_);
+  const auto v = [&](const OptionalTensor& residual) {
+    const Tensor u =
+        prologue(x, weight, bias, batch_statistics, eps, parse_activation(op, "pre_activation", pre_activation)).u;
+    const Tensor s =
+        scales(spatial_mean(u), w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
+    return weigh(u, dropped(s, drop_scale), residual);
+  };
+  const auto g =
+      tail_backward(recording, grad_output, v, saved, parse_activation(op, "post_activation", post_activation),
+                    {x, weight, bias, w1, b1, w2, b2}, std::vector<bool>(mask.begin(), mask.end()));
+  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
 }
 
 namespace {
@@ -244,6 +322,7 @@ TORCH_LIBRARY_IMPL(se_ext, CompositeExplicitAutograd, m) {
   m.impl("excite", excite);
   m.impl("rescale", rescale);
   m.impl("squeeze_excite", squeeze_excite);
+  m.impl("bn_squeeze_excite", bn_squeeze_excite);
   m.impl("rescale_", rescale_);
   m.impl("squeeze_excite_", squeeze_excite_);
 }
@@ -273,6 +352,17 @@ TORCH_LIBRARY_IMPL(se_ext, FuncTorchDynamicLayerFrontMode, m) {
     return composite::squeeze_excite(cast.map(input), cast.weight(w1), cast.weight(b1), cast.weight(w2),
                                      cast.weight(b2), activation, gate, cast.map(residual), post_activation);
   });
+  m.impl("bn_squeeze_excite",
+         [](const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w1,
+            const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, bool batch_statistics, double eps,
+            std::string_view pre_activation, std::string_view activation, std::string_view gate,
+            const OptionalTensor& residual, std::string_view post_activation, const OptionalTensor& drop_scale) {
+           const Autocast cast(input);
+           return composite::bn_squeeze_excite(cast.map(input), cast.weight(weight), cast.weight(bias), cast.weight(w1),
+                                               cast.weight(b1), cast.weight(w2), cast.weight(b2), batch_statistics, eps,
+                                               pre_activation, activation, gate, cast.map(residual), post_activation,
+                                               cast.weight(drop_scale));
+         });
   m.impl("rescale_", rescale_);
   m.impl("squeeze_excite_", squeeze_excite_);
 }

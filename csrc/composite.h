@@ -38,4 +38,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
     const OptionalTensor& b2, const OptionalTensor& saved, std::string_view activation, std::string_view gate,
     std::string_view post_activation, std::array<bool, 6> mask);
 
+std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w1,
+    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, bool batch_statistics, double eps,
+    std::string_view pre_activation, std::string_view activation, std::string_view gate, const OptionalTensor& residual,
+    std::string_view post_activation, const OptionalTensor& drop_scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, const OptionalTensor& saved,
+    const OptionalTensor& drop_scale, bool batch_statistics, double eps, std::string_view pre_activation,
+    std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 8> mask);
+
 }  // namespace se_ext::composite

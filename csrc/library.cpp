@@ -28,6 +28,16 @@ TORCH_LIBRARY(se_ext, m) {
       "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> Tensor",
       functional);
 
+  // The block behind a prologue: u = pre(weight ⊙ norm(input) + bias) takes the place of input. norm is the batch's own
+  // normalisation where batch_statistics, else nothing. mean and var (biased) [C] are those of the batch, for the
+  // running statistics; without any, of no elements.
+  m.def(
+      "bn_squeeze_excite(Tensor input, Tensor? bn_weight, Tensor? bn_bias, Tensor w1, Tensor? b1, Tensor w2, "
+      "Tensor? b2, bool batch_statistics, float eps=1e-05, str pre_activation=\"identity\", str activation=\"relu\", "
+      "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\", Tensor? drop_scale=None) "
+      "-> (Tensor output, Tensor mean, Tensor var)",
+      functional);
+
   // In place, for inference.
   m.def(
       "rescale_(Tensor(a!) input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") "
@@ -62,5 +72,18 @@ TORCH_LIBRARY(se_ext, m) {
       "_squeeze_excite_backward(Tensor grad_output, Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
       "Tensor z, Tensor hidden, Tensor scale, Tensor? saved, str activation, str gate, str post_activation, "
       "bool[6] mask) -> (Tensor input, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor residual)",
+      functional);
+  m.def(
+      "_bn_squeeze_excite_forward(Tensor input, Tensor? bn_weight, Tensor? bn_bias, Tensor w1, Tensor? b1, Tensor w2, "
+      "Tensor? b2, bool batch_statistics, float eps, str pre_activation, str activation, str gate, Tensor? residual, "
+      "str post_activation, Tensor? drop_scale) -> (Tensor output, Tensor mean, Tensor var, Tensor inverse, "
+      "Tensor sample_means, Tensor z, Tensor hidden, Tensor scale)",
+      functional);
+  m.def(
+      "_bn_squeeze_excite_backward(Tensor grad_output, Tensor input, Tensor? bn_weight, Tensor? bn_bias, Tensor w1, "
+      "Tensor? b1, Tensor w2, Tensor? b2, Tensor mean, Tensor inverse, Tensor sample_means, Tensor z, Tensor hidden, "
+      "Tensor scale, Tensor? saved, Tensor? drop_scale, bool batch_statistics, float eps, str pre_activation, "
+      "str activation, str gate, str post_activation, bool[8] mask) -> (Tensor input, Tensor bn_weight, "
+      "Tensor bn_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor residual)",
       functional);
 }

@@ -115,6 +115,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
           mask[5] ? empty_map_like(input) : Tensor()};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_forward(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w1,
+    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, bool batch_statistics, double,
+    std::string_view pre_activation, std::string_view activation, std::string_view gate, const OptionalTensor& residual,
+    std::string_view post_activation, const OptionalTensor& drop_scale) {
+  checks::bn_squeeze_excite("bn_squeeze_excite", input, {weight, bias, batch_statistics, pre_activation},
+                            {w1, b1, w2, b2, activation, gate}, residual, post_activation, drop_scale);
+  const c10::SymInt channels = input.sym_size(1);
+  const auto options = input.options().dtype(accumulation_type(input.scalar_type()));
+  const auto statistic = [&] { return at::empty_symint({batch_statistics ? channels : c10::SymInt(0)}, options); };
+  const auto matrix = [&](const c10::SymInt& rows, const c10::SymInt& columns) {
+    return at::empty_symint({rows, columns}, options);
+  };
+  return {empty_map_like(input),
+          statistic(),
+          statistic(),
+          statistic(),
+          matrix(pre_activation == "identity" ? input.sym_size(0) : c10::SymInt(0), channels),
+          matrix(input.sym_size(0), channels),
+          matrix(input.sym_size(0), w1.sym_size(0)),
+          matrix(input.sym_size(0), channels)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w1,
+    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, bool batch_statistics, double eps,
+    std::string_view pre_activation, std::string_view activation, std::string_view gate, const OptionalTensor& residual,
+    std::string_view post_activation, const OptionalTensor& drop_scale) {
+  auto all = bn_squeeze_excite_forward(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
+                                       activation, gate, residual, post_activation, drop_scale);
+  return {std::get<0>(all), std::get<1>(all), std::get<2>(all)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_backward(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, const Tensor&,
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor& saved,
+    const OptionalTensor& drop_scale, bool batch_statistics, double, std::string_view pre_activation,
+    std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 8> mask) {
+  checks::bn_squeeze_excite("bn_squeeze_excite", input, {weight, bias, batch_statistics, pre_activation},
+                            {w1, b1, w2, b2, activation, gate}, saved, post_activation, drop_scale);
+  checks::same_shape("bn_squeeze_excite", "grad_output", grad_output, input);
+  return {mask[0] ? empty_map_like(input) : Tensor(),
+          empty_if(mask[1], weight),
+          empty_if(mask[2], bias),
+          empty_if(mask[3], w1),
+          empty_if(mask[4], b1),
+          empty_if(mask[5], w2),
+          empty_if(mask[6], b2),
+          mask[7] ? empty_map_like(input) : Tensor()};
+}
+
 TORCH_LIBRARY_IMPL(se_ext, Meta, m) {
   m.impl("squeeze", squeeze);
   m.impl("excite", excite);
@@ -127,6 +179,9 @@ TORCH_LIBRARY_IMPL(se_ext, Meta, m) {
   m.impl("_rescale_backward", rescale_backward);
   m.impl("_squeeze_excite_forward", squeeze_excite_forward);
   m.impl("_squeeze_excite_backward", squeeze_excite_backward);
+  m.impl("bn_squeeze_excite", bn_squeeze_excite);
+  m.impl("_bn_squeeze_excite_forward", bn_squeeze_excite_forward);
+  m.impl("_bn_squeeze_excite_backward", bn_squeeze_excite_backward);
 }
 
 }  // namespace

@@ -54,6 +54,23 @@ SE_EXT_OP(_squeeze_excite_backward,
               const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, std::string_view, std::string_view,
               std::string_view, std::array<bool, 6>))
 
+SE_EXT_OP(bn_squeeze_excite,
+          std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                             const OptionalTensor&, const Tensor&, const OptionalTensor&, bool, double,
+                                             std::string_view, std::string_view, std::string_view,
+                                             const OptionalTensor&, std::string_view, const OptionalTensor&))
+SE_EXT_OP(_bn_squeeze_excite_forward,
+          std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+              const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+              const Tensor&, const OptionalTensor&, bool, double, std::string_view, std::string_view, std::string_view,
+              const OptionalTensor&, std::string_view, const OptionalTensor&))
+SE_EXT_OP(_bn_squeeze_excite_backward,
+          std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+              const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+              const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
+              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, bool, double,
+              std::string_view, std::string_view, std::string_view, std::string_view, std::array<bool, 8>))
+
 #undef SE_EXT_OP
 
 }  // namespace se_ext::ops

@@ -27,6 +27,11 @@ static constexpr bool slope_from_output(Activation a) {
   return a != Activation::Silu && a != Activation::Gelu && a != Activation::Hardswish;
 }
 
+// A few instructions, so that a pass with it waits for memory alone.
+static constexpr bool is_cheap(Activation a) {
+  return a == Activation::Identity || a == Activation::Relu || a == Activation::Relu6 || a == Activation::LeakyRelu;
+}
+
 // How one sample's slab lies in memory: ChannelsFirst [C, P], ChannelsLast [P, C].
 enum class Layout : std::uint8_t { ChannelsFirst, ChannelsLast };
 
@@ -67,6 +72,54 @@ struct RescaleBackward {
   void* grad_residual;  // null: not wanted
   Activation post;
   bool streaming = false;  // as in Rescale, for grad_x where it is wanted alone
+};
+
+// u = pre(a ⊙ x + b) on one sample, a and b [C] in the accumulation type.
+struct AffineMap {
+  const void* x;
+  const void* a;
+  const void* b;
+  Activation pre;
+};
+
+// y = post(scale ⊙ u + residual) on one sample. Where pre is the identity, a and b are those of this sample, with the
+// scale in them, and `scale` is not read.
+struct AffineRescale {
+  AffineMap map;
+  const void* scale;
+  const void* residual;
+  void* y;
+  Activation post;
+  bool streaming = false;
+};
+
+// The backward of AffineRescale on one sample; grad, saved, grad_residual and streaming as in RescaleBackward.
+//   gv = g ⊙ post'(v)     gp = (gv ⊙ scale + grad_mean) ⊙ pre'(a ⊙ x + b), or gv where pre is the identity
+//   gx = factor ⊙ gp + slope ⊙ x + offset
+struct AffineBackward {
+  AffineMap map;
+  const void* grad;
+  const void* scale;
+  const void* saved;
+  const void* grad_mean;
+  const void* center;  // sums are taken of gp ⊙ (x - center); null: of gp ⊙ x
+  const void* factor;
+  const void* slope;  // null: no term in x
+  const void* offset;
+  void* grad_x;
+  void* grad_residual;
+  Activation post;
+  bool streaming = false;
+};
+
+// A batch normalisation of N samples of C channels and P points, or a given affine map in its place; all vectors in the
+// accumulation type, small ones [C], others [N, C].
+struct Normalization {
+  std::int64_t samples, channels, points;
+  const void* weight;   // null: 1
+  const void* bias;     // null: 0
+  const void* mean;     // null: nothing is normalised; a = weight, b = bias
+  const void* inverse;  // 1 / standard deviation; with mean
 };
 
 }  // namespace se_ext

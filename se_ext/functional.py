@@ -1,5 +1,7 @@
 """The ops as functions. They run under eager, autograd, autocast, torch.compile, torch.export and TorchScript.
 
+bn_squeeze_excite is in batch_norm.py.
+
 Formula and shapes follow Hu et al., "Squeeze-and-Excitation Networks" (2017), section 3: squeeze is equation 2,
 excite equation 3, rescale equation 4.
 """
@@ -120,10 +122,14 @@ def squeeze_excite(
     residual: Optional[Tensor] = None,
     post_activation: str = "identity",
     inplace: bool = False,
+    pre_bias: Optional[Tensor] = None,
+    pre_activation: str = "identity",
 ) -> Tensor:
     r"""The whole Squeeze-and-Excitation block, fused.
 
-    z = squeeze(input); s = excite(z, w1, b1, w2, b2); y = post_activation(s ⊙ input + residual). The batch is worked
+    z = squeeze(u); s = excite(z, w1, b1, w2, b2); y = post_activation(s ⊙ u + residual), where u is input, or
+    pre_activation(input + pre_bias): what is left at inference of a batch norm folded into the convolution, and the
+    activation behind it. The batch is worked
     on in blocks that stay in cache from the squeeze to the rescale. For backward, input and small tensors
     [N, C] and [N, M] are kept; with a residual and a post_activation also the output, or the residual where the slope
     does not follow from the output (silu, gelu, hardswish); nothing else of input's size.
@@ -139,14 +145,16 @@ def squeeze_excite(
         gate: sigmoid, hardsigmoid, tanh, relu or identity.
         residual: None, or of input's shape and dtype: the shortcut that is added after the rescale.
         post_activation: any activation, applied last.
-        inplace: write the result into input. Inference only.
+        inplace: write the result into input. Inference only, and without a pre_bias or pre_activation.
+        pre_bias: [C] or None, added before pre_activation; of input's dtype, or float32 beside a half-typed input.
+        pre_activation: any activation, applied to input before the block.
 
     Returns:
         Of input's shape, dtype and memory format; input itself if inplace.
 
     Raises:
         RuntimeError: a shape or device that does not fit; inplace while an argument requires grad and grad mode is
-            on. TypeError: a dtype. ValueError: an unknown name.
+            on. TypeError: a dtype. ValueError: an unknown name; inplace with a pre_bias or a pre_activation.
 
     Source: Hu et al. 2017, section 3, equations 2 to 4.
 
@@ -157,6 +165,26 @@ def squeeze_excite(
         >>> y.shape, y[0, 0, 0, 0]  # sigmoid(0) = 1/2
         (torch.Size([1, 2, 4, 4]), tensor(0.5000))
     """
+    if pre_bias is not None or pre_activation != "identity":
+        if inplace:
+            raise ValueError("squeeze_excite: expected inplace=False with a pre_bias or a pre_activation, got True")
+        output, _, _ = torch.ops.se_ext.bn_squeeze_excite(
+            input,
+            None,
+            pre_bias,
+            w1,
+            b1,
+            w2,
+            b2,
+            False,
+            0.0,
+            pre_activation,
+            activation,
+            gate,
+            residual,
+            post_activation,
+        )
+        return output
     if inplace:
         return torch.ops.se_ext.squeeze_excite_(input, w1, b1, w2, b2, activation, gate, residual, post_activation)
     return torch.ops.se_ext.squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation)

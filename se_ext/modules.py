@@ -1,4 +1,4 @@
-"""The block as a module, a drop-in for torchvision's and timm's."""
+"""The block as a module, a drop-in for torchvision's and timm's; and with the batch norm before it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._names import ACTIVATIONS, GATES, name_of
+from .batch_norm import bn_squeeze_excite
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
 # ruff: noqa: UP045
@@ -106,3 +107,183 @@ class SqueezeExcitation(nn.Module):
         if self.inplace:
             parts.append("inplace=True")
         return ", ".join(parts)
+
+
+def fused_forward(
+    input: Tensor,
+    bn_weight: Optional[Tensor],
+    bn_bias: Optional[Tensor],
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    num_batches_tracked: Optional[Tensor],
+    momentum: Optional[float],
+    eps: float,
+    training: bool,
+    w1: Tensor,
+    b1: Optional[Tensor],
+    w2: Tensor,
+    b2: Optional[Tensor],
+    pre_activation: str,
+    activation: str,
+    gate: str,
+    residual: Optional[Tensor],
+    post_activation: str,
+    drop_scale: Optional[Tensor],
+) -> Tensor:
+    """bn_squeeze_excite with what a BatchNorm2d and a SqueezeExcitation hold.
+
+    Like BatchNorm2d's forward it counts the batches, averages over all of them where momentum is None, and uses the
+    batch's statistics where it has no others.
+    """
+    factor = 0.0 if momentum is None else momentum
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            factor = 1.0 / float(num_batches_tracked)
+    return bn_squeeze_excite(
+        input,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        w1,
+        b1,
+        w2,
+        b2,
+        training=training or (running_mean is None and running_var is None),
+        momentum=factor,
+        eps=eps,
+        pre_activation=pre_activation,
+        activation=activation,
+        gate=gate,
+        residual=residual,
+        post_activation=post_activation,
+        drop_scale=drop_scale,
+    )
+
+
+def is_fusible(bn: nn.Module) -> bool:
+    """Whether the module is a batch norm whose formula the kernels compute: SyncBatchNorm and subclasses are not."""
+    return type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def composed_forward(
+    bn: nn.Module,
+    se: SqueezeExcitation,
+    input: Tensor,
+    residual: Tensor | None,
+    drop_scale: Tensor | None,
+    pre_activation: str,
+    post_activation: str,
+) -> Tensor:
+    """What fused_forward computes, around a normalisation of any kind: its own pass, the rest fused."""
+    u = bn(input)
+    return bn_squeeze_excite(
+        u,
+        None,
+        None,
+        torch.zeros(u.shape[1], device=u.device),
+        torch.ones(u.shape[1], device=u.device),
+        se.fc1.weight,
+        se.fc1.bias,
+        se.fc2.weight,
+        se.fc2.bias,
+        training=False,
+        eps=0.0,
+        pre_activation=pre_activation,
+        activation=se.activation,
+        gate=se.scale_activation,
+        residual=residual,
+        post_activation=post_activation,
+        drop_scale=drop_scale,
+    )
+
+
+class BatchNormSqueezeExcitation(nn.Module):
+    r"""Batch norm, activation, Squeeze-and-Excitation, shortcut and activation as one module, fused.
+
+    y = post(drop_scale ⊙ s ⊙ u + residual), u = pre(batch_norm(x)), s the excitation of u. Its children `bn` (a
+    BatchNorm2d) and `se` (a SqueezeExcitation) hold the parameters and buffers, so that the state_dict's keys are those
+    of the two modules by themselves: `bn.weight`, `bn.running_mean`, …, `se.fc1.weight`, …. They are not called: hooks
+    on them do not run.
+
+    Args:
+        input_channels: C, of the map.
+        squeeze_channels: M, the squeezed width.
+        activation: of the squeezed layer; as in SqueezeExcitation.
+        scale_activation: the gate; as in SqueezeExcitation.
+        pre_activation: between batch norm and squeeze (MobileNetV3, EfficientNet); None for none.
+        post_activation: applied last, after the residual (SE-ResNet); None for none.
+        bias: whether the squeezed layers have biases.
+        eps, momentum, affine, track_running_stats: as in torch.nn.BatchNorm2d.
+
+    Shape:
+        input [N, C, *spatial] with 1 to 3 spatial dims, residual of the same shape or None, drop_scale [N] or None
+        (stochastic depth: 0 for a dropped sample, 1 / keep probability for the others); output of input's shape, dtype
+        and memory format.
+
+    Raises:
+        ValueError: an activation that the kernels do not compute; when training, one value per channel.
+
+    Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", section 3 and figure 3; Ioffe and Szegedy 2015.
+
+    Example:
+        >>> import torch, se_ext
+        >>> tail = se_ext.BatchNormSqueezeExcitation(64, 4, post_activation=torch.nn.ReLU)
+        >>> x, shortcut = torch.randn(2, 64, 7, 7), torch.randn(2, 64, 7, 7)
+        >>> tail(x, shortcut).shape
+        torch.Size([2, 64, 7, 7])
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        squeeze_channels: int,
+        activation: str | Callable[..., nn.Module] = nn.ReLU,
+        scale_activation: str | Callable[..., nn.Module] = nn.Sigmoid,
+        *,
+        pre_activation: str | Callable[..., nn.Module] | None = None,
+        post_activation: str | Callable[..., nn.Module] | None = None,
+        bias: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(input_channels, eps, momentum, affine, track_running_stats)
+        self.se = SqueezeExcitation(input_channels, squeeze_channels, activation, scale_activation, bias=bias)
+        self.pre_activation = name_of("pre_activation", pre_activation, ACTIVATIONS)
+        self.post_activation = name_of("post_activation", post_activation, ACTIVATIONS)
+
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None, drop_scale: Optional[Tensor] = None) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if not is_fusible(self.bn):
+                return composed_forward(
+                    self.bn, self.se, input, residual, drop_scale, self.pre_activation, self.post_activation
+                )
+        return fused_forward(
+            input,
+            self.bn.weight,
+            self.bn.bias,
+            self.bn.running_mean,
+            self.bn.running_var,
+            self.bn.num_batches_tracked,
+            self.bn.momentum,
+            self.bn.eps,
+            self.bn.training,
+            self.se.fc1.weight,
+            self.se.fc1.bias,
+            self.se.fc2.weight,
+            self.se.fc2.bias,
+            self.pre_activation,
+            self.se.activation,
+            self.se.scale_activation,
+            residual,
+            self.post_activation,
+            drop_scale,
+        )
+
+    def extra_repr(self) -> str:
+        names = {"pre_activation": self.pre_activation, "post_activation": self.post_activation}
+        return ", ".join(f"{key}={name}" for key, name in names.items() if name != "identity")

@@ -57,6 +57,35 @@ def rescale(input: Tensor, scale: Tensor, residual: Tensor | None = None, post_a
     return ACTIVATIONS[post_activation](v if residual is None else v + residual)
 
 
+def bn_squeeze_excite(
+    input: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    pre_activation: str = "identity",
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    residual: Tensor | None = None,
+    post_activation: str = "identity",
+    drop_scale: Tensor | None = None,
+) -> Tensor:
+    """u = pre(batch_norm(input)); y = rescale(u, drop_scale ⊙ excite(squeeze(u)))."""
+    norm = F.batch_norm(input, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    u = ACTIVATIONS[pre_activation](norm)
+    scale = excite(squeeze(u), w1, b1, w2, b2, activation, gate)
+    if drop_scale is not None:
+        scale = scale * drop_scale[:, None]
+    return rescale(u, scale, residual, post_activation)
+
+
 def squeeze_excite(
     input: Tensor,
     w1: Tensor,
@@ -67,7 +96,12 @@ def squeeze_excite(
     gate: str = "sigmoid",
     residual: Tensor | None = None,
     post_activation: str = "identity",
+    pre_bias: Tensor | None = None,
+    pre_activation: str = "identity",
 ) -> Tensor:
-    """y = rescale(input, excite(squeeze(input)))."""
-    scale = excite(squeeze(input), w1, b1, w2, b2, activation, gate)
-    return rescale(input, scale, residual, post_activation)
+    """u = pre(input + pre_bias); y = rescale(u, excite(squeeze(u)))."""
+    if pre_bias is not None:
+        input = input + pre_bias.reshape(-1, *[1] * (input.dim() - 2))
+    u = ACTIVATIONS[pre_activation](input)
+    scale = excite(squeeze(u), w1, b1, w2, b2, activation, gate)
+    return rescale(u, scale, residual, post_activation)

@@ -63,6 +63,15 @@ for dtype in DTYPES:
                     tensors,
                     (length, length),
                 )
+            for pre, tail in (("identity", "relu"), ("silu", "identity"), ("gelu", post)):
+                bn = lambda m, t: m.bn_squeeze_excite(*t[:3], None, None, *t[3:7], residual=t[7], **options)
+                options = dict(training=True, pre_activation=pre, activation=act, gate=gate, post_activation=tail)
+                check_against_float64(
+                    lambda *t: bn(se_ext, t),
+                    lambda *t: bn(reference, t),
+                    [x, *(torch.rand(c).to(dtype).requires_grad_() for _ in range(2)), *weights, residual],
+                    (16 * length, 256 * length),
+                )
             with torch.no_grad():
                 expected = se_ext.squeeze_excite(x, *weights, act, gate, residual, post)
                 target = x.clone()

@@ -76,6 +76,32 @@ class Make:
 
     squeeze_excite_ = squeeze_excite
 
+    def vector(self, size: int) -> Tensor | None:
+        v = torch.rand(size).to(self.weight_dtype).requires_grad_(self.requires_grad)
+        return v if self.optionals else None
+
+    def bn_squeeze_excite(self) -> Arguments:
+        """With every optional argument also the batch's statistics, without any neither."""
+        c = self.shape[1]
+        drop = torch.ones(self.shape[0], dtype=self.weight_dtype) if self.optionals else None
+        names = ("identity", "relu", "sigmoid")
+        prologue = (self.map(), self.vector(c), self.vector(c), *self.weights())
+        return (*prologue, self.optionals, 1e-5, *names, self.residual(), self.post, drop)
+
+    def _bn_squeeze_excite_forward(self) -> Arguments:
+        return self.bn_squeeze_excite()
+
+    def _bn_squeeze_excite_backward(self) -> Arguments:
+        *prologue, batch, eps, pre, activation, gate, residual, post, drop = self.bn_squeeze_excite()
+        with torch.no_grad():
+            args = (*prologue, batch, eps, pre, activation, gate, residual, post, drop)
+            y, mean, _, *small = OPS._bn_squeeze_excite_forward(*args)
+        saved = None if residual is None else y
+        b = self.optionals
+        names = (pre, activation, gate, post)
+        mask = [True, b, b, True, b, True, b, b]
+        return (self.map(), *prologue, mean, *small, saved, drop, batch, eps, *names, mask)
+
     def _excite_forward(self) -> Arguments:
         return self.excite()
 
@@ -106,13 +132,15 @@ class Make:
 
 
 IN_PLACE = ["rescale_", "squeeze_excite_"]
-PUBLIC = ["squeeze", "excite", "rescale", "squeeze_excite"]
+PUBLIC = ["squeeze", "excite", "rescale", "squeeze_excite", "bn_squeeze_excite"]
 PRIVATE = [
     "_excite_forward",
     "_excite_backward",
     "_rescale_backward",
     "_squeeze_excite_forward",
     "_squeeze_excite_backward",
+    "_bn_squeeze_excite_forward",
+    "_bn_squeeze_excite_backward",
 ]
 TABLE = PUBLIC + IN_PLACE + PRIVATE
 
@@ -141,7 +169,7 @@ def test_recorded(name: str, optionals: bool, channels_last: bool) -> None:
     opcheck(name, Make(torch.float64, channels_last, optionals, requires_grad=True))
 
 
-@pytest.mark.parametrize("name", ["_excite_backward", "_rescale_backward", "_squeeze_excite_backward"])
+@pytest.mark.parametrize("name", [name for name in PRIVATE if name.endswith("backward")])
 def test_backward_recorded(name: str) -> None:
     """With a graph being made, the backward ops take the plain formula; their registration must still hold."""
     opcheck(name, Make(torch.float64, requires_grad=True), test_utils=STATIC)

@@ -27,10 +27,24 @@ struct Schedule {
   // body(team, index of the team, first sample, samples) for every block.
   template <class F>
   void run(std::int64_t samples, const F& body) const {
+    for_each_block(samples, false, body);
+  }
+  // The same from the last block to the first: for a second pass over the batch, which finds the end of the first one
+  // in cache.
+  template <class F>
+  void run_backwards(std::int64_t samples, const F& body) const {
+    for_each_block(samples, true, body);
+  }
+
+ private:
+  template <class F>
+  void for_each_block(std::int64_t samples, bool backwards, const F& body) const {
     parallel(threads, [&](Team all) {
       const Team team = by_sample ? Team{} : all;
       const auto [begin, end] = by_sample ? all.share(samples) : std::pair<std::int64_t, std::int64_t>{0, samples};
-      for (std::int64_t n = begin; n < end; n += block) {
+      const std::int64_t blocks = (end - begin + block - 1) / block;
+      for (std::int64_t i = 0; i < blocks; ++i) {
+        const std::int64_t n = begin + (backwards ? blocks - 1 - i : i) * block;
         body(team, by_sample ? all.rank : 0, n, std::min(block, end - n));
       }
     });
@@ -64,58 +78,59 @@ class Tiles {
   Tiling tiling_;
 };
 
-// The pass that reduces a slab to one value per channel. In ChannelsLast it needs scratch memory for partial sums.
+// The pass that reduces a slab to `parts` values per channel, [parts, C]. In ChannelsLast it needs scratch memory for
+// partial sums.
 class Reduction : public Tiles {
  public:
-  Reduction(const FeatureMap& map, const Schedule& schedule, at::ScalarType accumulate)
+  Reduction(const FeatureMap& map, const Schedule& schedule, at::ScalarType accumulate, int parts = 1)
       : Tiles(map),
-        channels_(map.slab.channels),
+        values_(parts * map.slab.channels),
         whole_channels_(map.slab.layout == Layout::ChannelsFirst),
         rows_per_team_(whole_channels_ ? 0 : (schedule.by_sample ? 1 : schedule.block * tiling_.count)),
         teams_(schedule.teams()),
         vector_(accumulate == at::kDouble ? kernels().vector_double : kernels().vector_float) {}
 
-  std::int64_t scratch_items() const { return rows_per_team_ * teams_ * channels_; }
+  std::int64_t scratch_items() const { return rows_per_team_ * teams_ * values_; }
   void use(Pointer scratch) { partial_ = scratch; }
 
-  // out[n, c] = (Σ over tiles of what reduce(n, tile, sums) sums up) / divisor. Ends with a barrier.
+  // out[n, :] = (Σ over tiles of what reduce(n, tile, sums) sums up) / divisor. Ends with a barrier.
   // ChannelsFirst: a tile has its channels to itself. ChannelsLast: a tile sums up a row of partial sums, and the rows
   // are added in the tiles' order, one by one as they come (a team of one) or when all are there.
   template <class F>
   void reduce(Team team, int index, std::int64_t first, std::int64_t samples, std::int64_t divisor, Pointer out,
               const F& reduce) const {
     const std::int64_t tiles = tiling_.count;
-    const auto row = [&](std::int64_t i) { return partial_.at((index * rows_per_team_ + i) * channels_); };
-    const auto sample = [&](std::int64_t n) { return out.at((first + n) * channels_); };
+    const auto row = [&](std::int64_t i) { return partial_.at((index * rows_per_team_ + i) * values_); };
+    const auto sample = [&](std::int64_t n) { return out.at((first + n) * values_); };
     if (whole_channels_) {
       for_each_tile(team, samples,
                     [&](std::int64_t n, std::int64_t t) { reduce(first + n, tiling_.tile(t), sample(n)); });
       team.barrier();
-      for_each(team, samples, [&](std::int64_t n) { vector_.divide(channels_, divisor, sample(n)); });
+      for_each(team, samples, [&](std::int64_t n) { vector_.divide(values_, divisor, sample(n)); });
     } else if (team.size == 1) {
       for (std::int64_t n = 0; n < samples; ++n) {
-        std::memset(sample(n), 0, channels_ * out.item_bytes);
+        std::memset(sample(n), 0, values_ * out.item_bytes);
         for (std::int64_t t = 0; t < tiles; ++t) {
           reduce(first + n, tiling_.tile(t), row(0));
-          vector_.add_rows(1, channels_, row(0), sample(n));
+          vector_.add_rows(1, values_, row(0), sample(n));
         }
-        vector_.divide(channels_, divisor, sample(n));
+        vector_.divide(values_, divisor, sample(n));
       }
     } else {
       for_each_tile(team, samples,
                     [&](std::int64_t n, std::int64_t t) { reduce(first + n, tiling_.tile(t), row(n * tiles + t)); });
       team.barrier();
       for_each(team, samples, [&](std::int64_t n) {
-        std::memset(sample(n), 0, channels_ * out.item_bytes);
-        vector_.add_rows(tiles, channels_, row(n * tiles), sample(n));
-        vector_.divide(channels_, divisor, sample(n));
+        std::memset(sample(n), 0, values_ * out.item_bytes);
+        vector_.add_rows(tiles, values_, row(n * tiles), sample(n));
+        vector_.divide(values_, divisor, sample(n));
       });
     }
     team.barrier();
   }
 
  private:
-  std::int64_t channels_;
+  std::int64_t values_;  // per sample
   bool whole_channels_;
   std::int64_t rows_per_team_;  // of partial sums, ChannelsLast
   int teams_;

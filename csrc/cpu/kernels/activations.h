@@ -29,7 +29,7 @@ SE_EXT_INLINE V activate(V v) {
   } else if constexpr (A == Activation::Relu6) {
     return clamp(v, 0, 6);
   } else if constexpr (A == Activation::Silu) {
-    return v / (1 + exp(-v));
+    return v / one_plus_exp_minus(v);
   } else if constexpr (A == Activation::Gelu) {
     return v * (constant<V>(0.5) * (1 + erf(v * constant<V>(0.70710678118654752440))));
   } else if constexpr (A == Activation::Hardswish) {
@@ -59,7 +59,7 @@ SE_EXT_INLINE V gradient(V g, V q) {
     return q <= 0 ? zero : (q >= 6 ? zero : g);
   } else if constexpr (A == Activation::Silu) {
     const V sig = sigmoid(q);
-    return g * (sig * (1 + q * (1 - sig)));
+    return (g * sig) * (1 + q * (1 - sig));
   } else if constexpr (A == Activation::Gelu) {
     const V cdf = constant<V>(0.5) * (1 + erf(q * constant<V>(0.70710678118654752440)));
     return g * (cdf + q * constant<V>(0.39894228040143267794) * exp(q * q * constant<V>(-0.5)));
@@ -75,11 +75,6 @@ SE_EXT_INLINE V gradient(V g, V q) {
     static_assert(A == Activation::Hardsigmoid);
     return q > 0 ? (q < 1 ? g / 6 : zero) : zero;
   }
-}
-
-// A few instructions, so that a pass with it waits for memory alone.
-static constexpr bool is_cheap(Activation a) {
-  return a == Activation::Identity || a == Activation::Relu || a == Activation::Relu6 || a == Activation::LeakyRelu;
 }
 
 template <Activation A>

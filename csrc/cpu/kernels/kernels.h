@@ -14,6 +14,16 @@ struct MapKernels {
   void (*rescale_backward_apply)(const Slab&, Tile, const RescaleBackward&);
 };
 
+// The same behind a prologue u = pre(a ⊙ x + b) (affine.h), which says where `sums` have several parts.
+struct AffineKernels {
+  void (*moments)(const Slab&, Tile, const void* x, void* sums);
+  void (*finish_moments)(const Slab&, const void* x, const void* sums, void* mean, void* m2);
+  void (*squeeze)(const Slab&, Tile, const AffineMap&, void* u, void* sums);
+  void (*rescale)(const Slab&, Tile, const AffineRescale&);
+  void (*backward_sums)(const Slab&, Tile, const AffineBackward&, void* sums);
+  void (*backward_apply)(const Slab&, Tile, const AffineBackward&);
+};
+
 static constexpr int kSamplesAtOnce = 4;  // that a loaded weight of the excitation meets
 
 // The excitation's products, by the weights' dtype; in and out are acc (dense.h).
@@ -35,11 +45,30 @@ struct VectorKernels {
   void (*activation_backward)(Activation, std::int64_t count, const void* grad, const void* at, void* out);
 };
 
+// The [C] and [N, C] vectors of a normalisation, in acc (normalization.h).
+struct NormKernels {
+  void (*batch_statistics)(std::int64_t samples, std::int64_t channels, std::int64_t points, double eps,
+                           const void* means, const void* m2s, void* mean, void* var, void* inverse);
+  void (*coefficients)(const Normalization&, void* a, void* b);
+  void (*squeeze_from_mean)(const Normalization&, const void* mean, void* z);
+  void (*product)(std::int64_t channels, const void* values, const void* factor, const void* vector, void* out);
+  void (*scale_gradient)(const Normalization&, const void* sums, const void* drop, void* out);
+  void (*sums_behind_scale)(const Normalization&, const void* scale, const void* grad_mean, const void* sample_mean,
+                            void* sums);
+  void (*sums_behind_activation)(std::int64_t channels, const void* scale, const void* grad_mean, void* sums);
+  void (*backward_coefficients)(const Normalization&, const void* totals, void* grad_weight, void* slope, void* offset);
+  void (*offset_of_sample)(std::int64_t channels, const void* grad_mean, const void* a, const void* batch_offset,
+                           void* out);
+};
+
 struct KernelTable {
   MapKernels map[kDTypes];
+  AffineKernels affine[kDTypes];
   DenseKernels dense[kDTypes];
   VectorKernels vector_float;
   VectorKernels vector_double;
+  NormKernels norm_float;
+  NormKernels norm_double;
 };
 
 namespace baseline {

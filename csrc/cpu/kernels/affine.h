@@ -1,0 +1,304 @@
+// Kernels over the feature map behind a prologue: u = pre(a ⊙ x + b) takes the place of x. On one tile of one sample.
+//
+// Which activations are compiled in: an identity pre with any common post (batch norm → SE → + shortcut → ReLU), a
+// common pre with an identity post (batch norm → SiLU → SE). Every other pair goes through a switch per register.
+#pragma once
+
+#include "activations.h"
+#include "traverse.h"
+#include "write_tile.h"
+
+namespace se_ext::cpu::SE_EXT_ISA {
+
+template <Activation A>
+struct Compiled {
+  static constexpr bool kIdentity = A == Activation::Identity;
+  static constexpr bool kCheap = is_cheap(A);
+
+  bool slope_from_output() const { return se_ext::slope_from_output(A); }
+  template <class V>
+  inline SE_EXT_ALWAYS_INLINE V value(V v) const {
+    return activate<A>(v);
+  }
+  template <class V>
+  inline SE_EXT_ALWAYS_INLINE V gradient(V g, V q) const {
+    return SE_EXT_ISA::gradient<A>(g, q);
+  }
+};
+
+template <class V>
+__attribute__((noinline)) static V activate_any(Activation a, V v) {
+  V u{};
+  dispatch(a, [&](auto of) SE_EXT_ALWAYS_INLINE { u = activate<of.value>(v); });
+  return u;
+}
+template <class V>
+__attribute__((noinline)) static V gradient_any(Activation a, V g, V q) {
+  V result{};
+  dispatch(a, [&](auto of) SE_EXT_ALWAYS_INLINE { result = gradient<of.value>(g, q); });
+  return result;
+}
+
+struct Any {
+  static constexpr bool kIdentity = false;
+  static constexpr bool kCheap = false;
+  Activation activation;
+
+  bool slope_from_output() const { return se_ext::slope_from_output(activation); }
+  template <class V>
+  inline SE_EXT_ALWAYS_INLINE V value(V v) const {
+    return activate_any(activation, v);
+  }
+  template <class V>
+  inline SE_EXT_ALWAYS_INLINE V gradient(V g, V q) const {
+    return gradient_any(activation, g, q);
+  }
+};
+
+// What is compiled in, see above; double has the switch alone: it is for checking results, not for speed.
+template <class T>
+inline constexpr bool kSwitchAlone = sizeof(acc_t<T>) == sizeof(double);
+
+// f(pre), where pre is not the identity and post is
+template <class T, class F>
+SE_EXT_INLINE void dispatch_pre(Activation pre, F&& f) {
+  if constexpr (!kSwitchAlone<T>) {
+    if (pre == Activation::Relu) return f(Compiled<Activation::Relu>{});
+    if (pre == Activation::Silu) return f(Compiled<Activation::Silu>{});
+    if (pre == Activation::Hardswish) return f(Compiled<Activation::Hardswish>{});
+  }
+  return f(Any{pre});
+}
+
+// f.operator()<layout>(pre, post), where pre is not the identity
+template <class T, class F>
+SE_EXT_INLINE void dispatch_behind_activation(Layout layout, Activation pre, Activation post, F&& f) {
+  using Identity = Compiled<Activation::Identity>;
+  dispatch_layout(layout, [&]<Layout l>() {
+    if (post != Activation::Identity) return f.template operator()<l>(Any{pre}, Any{post});
+    dispatch_pre<T>(pre, [&](auto compiled) { f.template operator()<l>(compiled, Identity{}); });
+  });
+}
+
+// f.operator()<layout>(pre, post)
+template <class T, class F>
+SE_EXT_INLINE void dispatch_affine(Layout layout, Activation pre, Activation post, F&& f) {
+  using Identity = Compiled<Activation::Identity>;
+  if (pre != Activation::Identity) return dispatch_behind_activation<T>(layout, pre, post, f);
+  dispatch_layout(layout, [&]<Layout l>() {
+    if (post == Activation::Identity) return f.template operator()<l>(Identity{}, Identity{});
+    if constexpr (!kSwitchAlone<T>) {
+      if (post == Activation::Relu) return f.template operator()<l>(Identity{}, Compiled<Activation::Relu>{});
+    }
+    return f.template operator()<l>(Identity{}, Any{post});
+  });
+}
+
+// Σ_p (x - origin) and Σ_p (x - origin)², origin being the channel's first point: sums [2, C].
+template <class T>
+void moments(const Slab& slab, Tile tile, const void* x_, void* sums) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(x_);
+  dispatch_layout(slab.layout, [&]<Layout layout>() {
+    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+      const FirstPoint<layout, T> origin(x, slab, channels);
+      return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+        const Vec<A> d = load(x + i, lanes) - origin.at(c, lanes);
+        return Sums<A, 2>{{d, d * d}};
+      };
+    });
+  });
+}
+
+// The sums that moments left [2, C] → mean [C] and m2 [C] = Σ_p (x - mean)².
+template <class T>
+void finish_moments(const Slab& slab, const void* x_, const void* sums_, void* mean_, void* m2_) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(x_);
+  const A* sums = static_cast<const A*>(sums_);
+  A *mean = static_cast<A*>(mean_), *m2 = static_cast<A*>(m2_);
+  const A points = static_cast<A>(slab.points);
+  const std::int64_t step = slab.layout == Layout::ChannelsFirst ? slab.points : 1;
+  for (std::int64_t c = 0; c < slab.channels; ++c) {
+    const A off = sums[c] / points;
+    const A squares = sums[slab.channels + c] - sums[c] * off;
+    mean[c] = load_one(x + c * step) + off;
+    m2[c] = squares < 0 ? 0 : squares;
+  }
+}
+
+// sums[c] = Σ_p u; where `u` is not null, u itself is written there too
+template <class T>
+void affine_squeeze(const Slab& slab, Tile tile, const AffineMap& m, void* u_, void* sums) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(m.x);
+  const A *as = static_cast<const A*>(m.a), *bs = static_cast<const A*>(m.b);
+  T* to = static_cast<T*>(u_);
+  dispatch_behind_activation<T>(slab.layout, m.pre, Activation::Identity, [&]<Layout layout>(auto pre, auto) {
+    constexpr bool kCheap = decltype(pre)::kCheap;
+    sum_tile<layout, kCheap>(slab, tile, static_cast<A*>(sums), [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+      const PerChannel<layout, A> a(as, channels), b(bs, channels);
+      return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+        const Vec<A> u = pre.value(a.at(c, lanes) * load(x + i, lanes) + b.at(c, lanes));
+        if (to) store(to + i, u, lanes);
+        return u;
+      };
+    });
+  });
+}
+
+// y = post(scale ⊙ u + residual)
+template <class T>
+void affine_rescale(const Slab& slab, Tile tile, const AffineRescale& r) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(r.map.x);
+  const A *as = static_cast<const A*>(r.map.a), *bs = static_cast<const A*>(r.map.b);
+  const A* scales = static_cast<const A*>(r.scale);
+  const T* residual = static_cast<const T*>(r.residual);
+  T* y = static_cast<T*>(r.y);
+  dispatch_affine<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
+    using Pre = decltype(pre);
+    const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+      const PerChannel<layout, A> a(as, channels), b(bs, channels), scale(Pre::kIdentity ? nullptr : scales, channels);
+      return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+        Vec<A> v = pre.value(a.at(c, lanes) * load(x + i, lanes) + b.at(c, lanes));
+        if constexpr (!Pre::kIdentity) v *= scale.at(c, lanes);
+        if (residual) v += load(residual + i, lanes);
+        return post.value(v);
+      };
+    };
+    write_tile<layout, Pre::kCheap&& decltype(post)::kCheap>(slab, tile, y, r.streaming, factory);
+  });
+}
+
+// gv = g ⊙ post'(v) at one register, and what lies on the way to it.
+template <class T, Layout layout, class Pre, class Post>
+struct AffineGradient {
+  using A = acc_t<T>;
+  struct Values {
+    Vec<A> x, p, u, gv;  // p = a ⊙ x + b; p and u only where something needs them
+  };
+
+  Pre pre;
+  Post post;
+  const T *grad, *x, *saved;
+  PerChannel<layout, A> a, b, scale;
+
+  SE_EXT_ALWAYS_INLINE AffineGradient(Pre pre_, Post post_, const AffineBackward& r, Channels channels)
+      : pre(pre_),
+        post(post_),
+        grad(static_cast<const T*>(r.grad)),
+        x(static_cast<const T*>(r.map.x)),
+        saved(static_cast<const T*>(r.saved)),
+        a(static_cast<const A*>(r.map.a), channels),
+        b(static_cast<const A*>(r.map.b), channels),
+        scale(Pre::kIdentity ? nullptr : static_cast<const A*>(r.scale), channels) {}
+
+  template <class L>
+  inline SE_EXT_ALWAYS_INLINE Values at(std::int64_t i, std::int64_t c, L lanes) const {
+    Values r{};
+    r.x = load(x + i, lanes);
+    r.p = a.at(c, lanes) * r.x + b.at(c, lanes);
+    r.u = pre.value(r.p);
+    const Vec<A> g = load(grad + i, lanes);
+    if constexpr (Post::kIdentity) {
+      r.gv = g;
+    } else if (saved && post.slope_from_output()) {
+      r.gv = post.gradient(g, load(saved + i, lanes));
+    } else {
+      Vec<A> v = r.u;
+      if constexpr (!Pre::kIdentity) v *= scale.at(c, lanes);
+      if (saved) v += load(saved + i, lanes);
+      r.gv = post.gradient(g, post.slope_from_output() ? post.value(v) : v);
+    }
+    return r;
+  }
+
+  // g ⊙ pre'(p)
+  inline SE_EXT_ALWAYS_INLINE Vec<A> through_pre(Vec<A> g, const Values& r) const {
+    return pre.gradient(g, pre.slope_from_output() ? r.u : r.p);
+  }
+
+  // The gradient that reaches p, given the one that comes back through the squeeze: gv itself where pre is the
+  // identity, because its scale and that gradient are in the factor and the offset of the pass that writes.
+  template <class L>
+  inline SE_EXT_ALWAYS_INLINE Vec<A> at_p(const Values& r, const PerChannel<layout, A>& mean, std::int64_t c,
+                                          L lanes) const {
+    if constexpr (Pre::kIdentity) {
+      return r.gv;
+    } else {
+      return through_pre(r.gv * scale.at(c, lanes) + mean.at(c, lanes), r);
+    }
+  }
+};
+
+// All sums that backward needs, in one pass. Where pre is the identity, [2, C]:
+//   Σ_p gv        Σ_p gv ⊙ (x - center)
+// else, with d = pre'(p), [5, C]:
+//   Σ_p gv ⊙ u        Σ_p gv ⊙ d        Σ_p d        Σ_p gv ⊙ d ⊙ (x - center)        Σ_p d ⊙ (x - center)
+// from which follow the gradient of the scale and, once grad_mean is known, the sums of gp = (gv ⊙ scale + grad_mean) ⊙
+// d.
+template <class T>
+void affine_backward_sums(const Slab& slab, Tile tile, const AffineBackward& r, void* sums) {
+  using A = acc_t<T>;
+  dispatch_affine<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
+    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [&](Channels channels) SE_EXT_ALWAYS_INLINE {
+      return [gradient = AffineGradient<T, layout, decltype(pre), decltype(post)>(pre, post, r, channels),
+              center = PerChannel<layout, A>(static_cast<const A*>(r.center), channels)](
+                 std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+        const auto found = gradient.at(i, c, lanes);
+        const Vec<A> off = found.x - center.at(c, lanes);
+        if constexpr (decltype(pre)::kIdentity) {
+          return Sums<A, 2>{{found.gv, found.gv * off}};
+        } else {
+          const Vec<A> gd = gradient.through_pre(found.gv, found);
+          const Vec<A> d = gradient.through_pre(broadcast<A>(1), found);
+          return Sums<A, 5>{{found.gv * found.u, gd, d, gd * off, d * off}};
+        }
+      };
+    });
+  });
+}
+
+// grad_x = factor ⊙ gp + slope ⊙ x + offset, grad_residual = gv
+template <class T>
+void affine_backward_apply(const Slab& slab, Tile tile, const AffineBackward& r) {
+  using A = acc_t<T>;
+  T* grad_x = static_cast<T*>(r.grad_x);
+  T* grad_residual = static_cast<T*>(r.grad_residual);
+  const bool has_slope = r.slope;
+  dispatch_affine<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
+    constexpr bool kCheap = decltype(pre)::kCheap && decltype(post)::kCheap;
+    struct Both {
+      Vec<A> grad_x, grad_residual;
+    };
+    const auto both = [&](Channels channels) SE_EXT_ALWAYS_INLINE {
+      // In place: these are too many registers for the compiler to see through a copy.
+      return [has_slope, gradient = AffineGradient<T, layout, decltype(pre), decltype(post)>(pre, post, r, channels),
+              mean = PerChannel<layout, A>(static_cast<const A*>(r.grad_mean), channels),
+              factor = PerChannel<layout, A>(static_cast<const A*>(r.factor), channels),
+              slope = PerChannel<layout, A>(static_cast<const A*>(r.slope), channels),
+              offset = PerChannel<layout, A>(static_cast<const A*>(r.offset), channels)](
+                 std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+        const auto found = gradient.at(i, c, lanes);
+        Vec<A> gx = factor.at(c, lanes) * gradient.at_p(found, mean, c, lanes) + offset.at(c, lanes);
+        if (has_slope) gx += slope.at(c, lanes) * found.x;
+        return Both{gx, found.gv};
+      };
+    };
+    if (grad_residual) {
+      visit_tile<layout, A, kCheap>(slab, tile, both, [=](std::int64_t i, Both v, auto lanes) SE_EXT_ALWAYS_INLINE {
+        if (grad_x) store(grad_x + i, v.grad_x, lanes);
+        store(grad_residual + i, v.grad_residual, lanes);
+      });
+    } else {
+      const auto alone = [&](Channels channels) SE_EXT_ALWAYS_INLINE {
+        return [compute = both(channels)](std::int64_t i, std::int64_t c, auto lanes)
+                   SE_EXT_ALWAYS_INLINE { return compute(i, c, lanes).grad_x; };
+      };
+      write_tile<layout, kCheap>(slab, tile, grad_x, r.streaming, alone);
+    }
+  });
+}
+
+}  // namespace se_ext::cpu::SE_EXT_ISA
