@@ -6,7 +6,7 @@ DEPS := $(VENV)/.dependencies
 BUILD := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
-RESULTS := $(patsubst %,benchmarks/results/%.json,inference inference-batch8 train networks allocators stages)
+RESULTS := $(patsubst %,benchmarks/results/%.json,inference inference-batch8 train tails networks allocators stages)
 BLOCKS := $(BIN)/python benchmarks/run.py --variants eager_conv eager_linear compile compile_linear
 
 .PHONY: help demo test test-isa emulated bench readme lint format clean
@@ -32,6 +32,7 @@ bench: $(BUILD)  ## every measurement behind the README's tables; needs a quiet 
 	$(BLOCKS) --out benchmarks/results/inference.json --mode inference --batch 1 32 --rounds 8 $(ARGS)
 	$(BLOCKS) --out benchmarks/results/inference-batch8.json --mode inference --dtype float32 bfloat16 --rounds 8 $(ARGS)
 	$(BLOCKS) --out benchmarks/results/train.json --mode train --batch 8 32 --rounds 5 $(ARGS)
+	$(BIN)/python benchmarks/tails.py --out benchmarks/results/tails.json
 	$(BIN)/python benchmarks/networks.py --out benchmarks/results/networks.json
 	$(BIN)/python benchmarks/allocators.py --out benchmarks/results/allocators.json
 	$(BIN)/python benchmarks/stages.py --out benchmarks/results/stages.json

@@ -26,14 +26,14 @@ def summary_table(rows: Sequence[Row]) -> str:
         if len(layouts) > 1:
             layouts["both"] = members
         for layout, found in layouts.items():
-            speedups = [_four(summarize(found, baseline)) for baseline in TITLES]
+            speedups = [four(summarize(found, baseline)) for baseline in TITLES]
             lines.append([MODES[mode], dtype, batch, layout, len(found), *speedups])
     head = ["mode", "dtype", "batch", "layout", "rows", *BARS]
     title = "Speedup of se_ext over each baseline, as min / median / geometric mean / max over the workloads:"
     return f"{title}\n\n{table(head, lines, 'llrlr')}"
 
 
-def _four(found: dict[str, float] | None) -> str:
+def four(found: dict[str, float] | None) -> str:
     return ABSENT if found is None else " / ".join(f"{found[k]:.2f}" for k in ("min", "median", "geomean", "max"))
 
 

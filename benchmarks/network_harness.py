@@ -56,7 +56,7 @@ def measure_row(name: str, layout: str, case: Case, budget: Budget) -> summary.R
     """Checks the swapped networks against the one as it is, then times all of them."""
     images, labels = draw_images(case.batch, timm_networks.image_size(name), layout)
     network = timm_networks.build(name, layout, images, SEED)
-    networks = timm_networks.variants(network.train(case.mode == "train"), case.mode)
+    networks = timm_networks.variants(name, network.train(case.mode == "train"), layout, case.mode)
     timm_networks.check(networks, images[:CHECKED], labels[:CHECKED])
     with torch.inference_mode(case.mode == "inference"):
         steps = {variant: make_step(net, images, labels) for variant, net in networks.items()}
@@ -64,6 +64,7 @@ def measure_row(name: str, layout: str, case: Case, budget: Budget) -> summary.R
         load = OtherLoad()
         samples = interleave(steps, plan, lambda: None)
         other_cpu_share = load.share()
+    peaks = {variant: peak_bytes(step, networks[variant]) for variant, step in steps.items() if case.mode == "train"}
     return summary.add_costs(
         {
             "name": name,
@@ -75,9 +76,19 @@ def measure_row(name: str, layout: str, case: Case, budget: Budget) -> summary.R
             "se_blocks": len(timm_networks.se_blocks(network)),
             "image_size": images.shape[-1],
             "other_cpu_share": rounded(other_cpu_share),
+            "peak_bytes": peaks,
             "variants": recorded(samples),
         }
     )
+
+
+def peak_bytes(step: Step, network: nn.Module) -> int:
+    """The most memory that tensors hold during a step: parameters, buffers, and what it allocates on top of them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    events = sorted(prof.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = list(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    return max(held, default=0) + sum(t.nbytes for t in network.state_dict().values())
 
 
 def _plan(case: Case, budget: Budget, steps: dict[str, Step]) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from markdown_table import ABSENT, number, table
-from summary import AS_IS, INPLACE, OURS, WITHOUT, Row
+from summary import AS_IS, FUSED_NETWORK, INPLACE, OURS, WITHOUT, Row, paired_ratio
 
 MODES = {"inference": "inference", "train": "training step"}
 
@@ -18,6 +18,33 @@ def network_table(rows: Sequence[Row]) -> str:
     head = ["network", "mode", "batch", "layout", "as it is ms", "without SE ms"]
     head += ["SE costs", "se_ext costs", "se_ext in place costs", "ratio", "ratio in place"]
     return f"{title}\n\n{table(head, map(_line, rows), 'llrlr')}"
+
+
+def fused_table(rows: Sequence[Row]) -> str:
+    """The networks that se_ext has itself; empty where none was measured."""
+    lines = []
+    for row in rows:
+        if FUSED_NETWORK in row["variants"]:
+            theirs, ours = (row["variants"][name] for name in (AS_IS, FUSED_NETWORK))
+            speedup = paired_ratio(theirs["samples_us"], ours["samples_us"])
+            peaks = [row["peak_bytes"][name] / 2**20 for name in (AS_IS, FUSED_NETWORK)]
+            times = [number(variant["time_us"]["median"] / 1e3, 0) for variant in (theirs, ours)]
+            spread = f"{number(speedup['median'])} ({number(speedup['p10'])} to {number(speedup['p90'])})"
+            cells = [*(number(peak, 0) for peak in peaks), number(peaks[1] / peaks[0])]
+            lines.append([row["name"], row["batch"], row["layout"], *times, spread, *cells])
+    head = [
+        "network",
+        "batch",
+        "layout",
+        "timm ms",
+        "se_ext.models ms",
+        "speedup",
+        "timm MB",
+        "se_ext.models MB",
+        "ratio",
+    ]
+    title = "A training step of whole networks, timm's and se_ext.models', and the most memory that tensors hold in it:"
+    return f"{title}\n\n{table(head, lines, 'lrlr')}" if lines else ""
 
 
 def _line(row: Row) -> list[object]:

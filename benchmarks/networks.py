@@ -14,12 +14,13 @@ import command
 
 METHOD = (
     "Variants take turns (A B C, B C A, ...), one block of calls each per round, all in one process; samples_us has "
-    "the time per call of each block. as_is is timm's network with random weights, se_ext and se_ext_inplace the same "
-    "with its SE blocks swapped (same weights), no_se the same with every SE block replaced by the identity. train is "
-    "forward + backward + SGD step. cost_us is the time of a variant minus that of no_se, round by round, cost_ratio "
-    "the ratio of the median costs to that of as_is. The swapped networks gave the logits (training: in float64, and "
-    "the gradient of the images) of the network as it is before timing. other_cpu_share is the part of all CPU time "
-    "that other programs used."
+    "the time per call of each block. as_is is timm's network with random weights, se_ext and se_ext_inplace the "
+    "same with its SE blocks swapped (same weights), se_ext_models the network of that name from se_ext.models, "
+    "no_se the same with every SE block replaced by the identity. train is forward + backward + SGD step. cost_us is "
+    "the time of a variant minus that of no_se, round by round, cost_ratio the ratio of the median costs to that of "
+    "as_is. The swapped networks gave the logits (training: in float64, and the gradient of the images) of the "
+    "network as it is before timing. peak_bytes is the most that tensors hold during a training step. "
+    "other_cpu_share is the part of all CPU time that other programs used."
 )
 
 

@@ -4,7 +4,7 @@ python benchmarks/report.py benchmarks/results/inference.json
 python benchmarks/report.py benchmarks/results/*.json --readme README.md [--check]
 python benchmarks/report.py benchmarks/results/*.json --plots docs/
 
-Files of run.py, networks.py, allocators.py and stages.py in any order; several of a kind are one table.
+Files of run.py, tails.py, networks.py, allocators.py and stages.py in any order; several of a kind are one table.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import results_file
 from allocator_tables import allocator_table, large_input_table
 from block_tables import against_the_better, slow_rows, summary_table, workload_tables
 from markdown_table import folded
-from network_tables import network_table
+from network_tables import fused_table, network_table
 from stage_tables import stage_tables
 from summary import Row, row_key
+from tail_tables import tail_table
 from targets import rows_below, target_table
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("blocks", "networks", "allocators", "stages")
+KINDS = ("blocks", "networks", "allocators", "stages", "tails")
 DISTURBED = 0.1
 
 Results = dict[str, Any]
@@ -38,15 +39,17 @@ def markdown(files: Sequence[Results], names: Sequence[str], targets: bool = Tru
     Targets are not judged by quick runs. Raises ValueError where two files have the same row.
     """
     measured = rows_by_kind(files)
-    blocks, networks, large, stages = (measured.get(kind, []) for kind in KINDS)
+    blocks, networks, large, stages, tails = (measured.get(kind, []) for kind in KINDS)
     judged = rows_by_kind([results for results in files if not _is_quick(results)])
     parts = [
         *([summary_table(blocks)] if blocks else []),
         *([target_table(judged), *_rows_below(judged)] if targets else []),
         *([slow_rows(blocks)] if blocks else []),
+        *([tail_table(tails)] if tails else []),
         *stage_tables(stages),
         *_disturbed([row for rows in measured.values() for row in rows]),
         *([network_table(networks)] if networks else []),
+        *filter(None, [fused_table(networks)]),
         *([allocator_table(large)] if large else []),
         *(_origin(results, name) for results, name in zip(files, names, strict=True)),
         *folded("Every workload", [*workload_tables(blocks), *([large_input_table(large)] if large else [])]),

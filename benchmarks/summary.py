@@ -10,6 +10,8 @@ YARDSTICK = "clone"
 OURS = "se_ext"
 INPLACE = "se_ext_inplace"
 AS_IS, WITHOUT = "as_is", "no_se"
+FUSED_NETWORK = "se_ext_models"
+# Of the block by itself; what stands around it adds to them.
 FLOOR_PASSES = {"inference": 2, "train": 5}
 
 Row = dict[str, Any]

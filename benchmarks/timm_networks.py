@@ -9,10 +9,12 @@ from collections.abc import Callable
 import torch
 from facts import ROOT
 from problem import LAYOUTS, WrongResult
+from summary import FUSED_NETWORK
 from torch import Tensor, nn
 from torch.nn import functional
 
 import se_ext
+import se_ext.models
 
 # timm imports torchvision, which needs the tests' help beside a CPU build of torch.
 sys.path.append(str(ROOT / "tests"))
@@ -82,11 +84,21 @@ def se_blocks(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, SEModule | SqueezeExcite)]
 
 
-def variants(network: nn.Module, mode: str) -> dict[str, nn.Module]:
-    """The networks to time against each other; only inference can write into the input of an SE block."""
+def fused(name: str, network: nn.Module, layout: str) -> nn.Module:
+    """se_ext's own network of that name, whose blocks' tails are one op, with the weights of timm's."""
+    ours = getattr(se_ext.models, name)().to(memory_format=LAYOUTS[layout])
+    ours.load_state_dict(network.state_dict())
+    return ours.train(network.training)
+
+
+def variants(name: str, network: nn.Module, layout: str, mode: str) -> dict[str, nn.Module]:
+    """The networks to time against each other; only inference can write into the input of an SE block. Where se_ext has
+    the network itself, its training step too."""
     found = {"as_is": network, "se_ext": swapped(network, with_se_ext)}
     if mode == "inference":
         found["se_ext_inplace"] = swapped(network, lambda block: with_se_ext(block, inplace=True))
+    elif hasattr(se_ext.models, name):
+        found[FUSED_NETWORK] = fused(name, network, layout)
     return {**found, "no_se": swapped(network, lambda _: nn.Identity())}
 
 

@@ -65,7 +65,7 @@ SMALL = "mobilenetv3_small_050"
 def small_networks(mode: str) -> tuple[dict[str, nn.Module], torch.Tensor, torch.Tensor]:
     images, labels = network_harness.draw_images(2, 64, "nhwc")
     network = timm_networks.build(SMALL, "nhwc", images, seed=1).train(mode == "train")
-    return timm_networks.variants(network, mode), images, labels
+    return timm_networks.variants(SMALL, network, "nhwc", mode), images, labels
 
 
 @pytest.mark.parametrize("mode", ["inference", "train"])
