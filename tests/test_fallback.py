@@ -42,6 +42,37 @@ def test_the_formula_serves_other_devices(dtype: torch.dtype) -> None:
     assert_close(x, expected, dtype, summed)
 
 
+@pytest.mark.parametrize("batch_statistics", [False, True], ids=["affine", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm_too(dtype: torch.dtype, batch_statistics: bool) -> None:
+    x, residual = make_map((N, C, SIDE, SIDE), dtype), make_map((N, C, SIDE, SIDE), dtype)
+    weight, bias, drop, weights = torch.rand(C) + 0.5, torch.randn(C), torch.rand(N), make_weights(C, M)
+    names = ("silu", "relu", "sigmoid", residual, "tanh", drop)
+    y, mean, var = redispatch("bn_squeeze_excite", x, weight, bias, *weights, batch_statistics, 1e-5, *names)
+    x64, exact = x.double(), [to_float64(w) for w in weights]
+    # A given affine map is a batch norm of mean 0 and variance 1.
+    statistics = (None, None) if batch_statistics else (torch.zeros(C).double(), torch.ones(C).double())
+    expected = reference.bn_squeeze_excite(
+        x64,
+        weight.double(),
+        bias.double(),
+        *statistics,
+        *exact,
+        training=batch_statistics,
+        eps=1e-5 if batch_statistics else 0.0,
+        pre_activation="silu",
+        residual=residual.double(),
+        post_activation="tanh",
+        drop_scale=drop.double(),
+    )
+    assert_close(y, expected, dtype, 4 * N * SIDE * SIDE)
+    if batch_statistics:
+        assert_close(mean, x64.mean((0, 2, 3)), torch.float32, N * SIDE * SIDE)
+        assert_close(var, x64.var((0, 2, 3), correction=0), torch.float32, N * SIDE * SIDE)
+    else:
+        assert mean.numel() == var.numel() == 0
+
+
 def test_bad_input_is_refused_there_too() -> None:
     with pytest.raises(RuntimeError, match=r"^squeeze: expected input of shape \[N, C, \*spatial\]"):
         redispatch("squeeze", torch.randn(2, 3))
