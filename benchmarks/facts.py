@@ -95,7 +95,8 @@ def git() -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIXES)}
+    """The variables that can change a number; not those that say where a program keeps its files."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIXES) and not k.endswith("_DIR")}
 
 
 def header(
