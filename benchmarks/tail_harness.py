@@ -19,7 +19,7 @@ import se_ext
 
 NETWORKS = ("seresnet50", "efficientnet_b0")
 BASELINES = ("eager_conv", "eager_linear", "compile", "compile_linear")
-ALLOWED = 1e-2
+ALLOWED = 1e-3  # six values in six million on the other side of a ReLU's kink: √(6 / 6e6)
 
 
 @dataclass(frozen=True)

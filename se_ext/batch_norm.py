@@ -89,34 +89,12 @@ def bn_squeeze_excite(
     _check_statistic("running_mean", running_mean, input)
     _check_statistic("running_var", running_var, input)
     if training:
-        output, mean, var = torch.ops.se_ext.bn_squeeze_excite(
-            input,
-            bn_weight,
-            bn_bias,
-            w1,
-            b1,
-            w2,
-            b2,
-            True,
-            eps,
-            pre_activation,
-            activation,
-            gate,
-            residual,
-            post_activation,
-            drop_scale,
-        )
-        values = input.numel() // max(1, input.size(1))
-        if values > 1:
-            if running_mean is not None:
-                running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            if running_var is not None:
-                running_var.mul_(1 - momentum).add_(var * (values / (values - 1)), alpha=momentum)
-        return output
-    if running_mean is None or running_var is None:
+        weight, bias = bn_weight, bn_bias
+    elif running_mean is None or running_var is None:
         raise RuntimeError("bn_squeeze_excite: expected running_mean and running_var when training is False, got None")
-    weight, bias = _affine(bn_weight, bn_bias, running_mean, running_var, eps, input.dtype == torch.float64)
-    output, _, _ = torch.ops.se_ext.bn_squeeze_excite(
+    else:
+        weight, bias = _affine(bn_weight, bn_bias, running_mean, running_var, eps, input.dtype == torch.float64)
+    output, mean, var = torch.ops.se_ext.bn_squeeze_excite(
         input,
         weight,
         bias,
@@ -124,7 +102,7 @@ def bn_squeeze_excite(
         b1,
         w2,
         b2,
-        False,
+        training,
         eps,
         pre_activation,
         activation,
@@ -133,6 +111,12 @@ def bn_squeeze_excite(
         post_activation,
         drop_scale,
     )
+    values = input.numel() // max(1, input.size(1))
+    if training and values > 1:
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        if running_var is not None:
+            running_var.mul_(1 - momentum).add_(var * (values / (values - 1)), alpha=momentum)
     return output
 
 
@@ -147,7 +131,7 @@ def _check_statistic(name: str, statistic: Optional[Tensor], input: Tensor) -> N
 
 def _affine(
     weight: Optional[Tensor], bias: Optional[Tensor], mean: Tensor, var: Tensor, eps: float, is_double: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """What the batch norm is with given statistics: a = weight / sqrt(var + eps), b = bias - mean a, as [C] tensors in
     the accumulation type. Gradients flow to weight and bias."""
     dtype = torch.float64 if is_double else torch.float32

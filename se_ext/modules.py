@@ -130,7 +130,7 @@ def fused_forward(
     post_activation: str,
     drop_scale: Optional[Tensor],
 ) -> Tensor:
-    """bn_squeeze_excite with what a BatchNorm2d and a SqueezeExcitation hold.
+    """bn_squeeze_excite with what a BatchNorm2d and a SqueezeExcitation hold (TorchScript passes no modules).
 
     Like BatchNorm2d's forward it counts the batches, averages over all of them where momentum is None, and uses the
     batch's statistics where it has no others.
@@ -177,19 +177,15 @@ def composed_forward(
     post_activation: str,
 ) -> Tensor:
     """What fused_forward computes, around a normalisation of any kind: its own pass, the rest fused."""
-    u = bn(input)
-    return bn_squeeze_excite(
-        u,
+    output, _, _ = torch.ops.se_ext.bn_squeeze_excite(
+        bn(input),
         None,
         None,
-        torch.zeros(u.shape[1], device=u.device),
-        torch.ones(u.shape[1], device=u.device),
         se.fc1.weight,
         se.fc1.bias,
         se.fc2.weight,
         se.fc2.bias,
-        training=False,
-        eps=0.0,
+        batch_statistics=False,
         pre_activation=pre_activation,
         activation=se.activation,
         gate=se.scale_activation,
@@ -197,6 +193,7 @@ def composed_forward(
         post_activation=post_activation,
         drop_scale=drop_scale,
     )
+    return output
 
 
 class BatchNormSqueezeExcitation(nn.Module):

@@ -67,13 +67,14 @@ def apply(module: Any, tensors: tuple[Tensor | None, ...], **options: Any) -> Te
 
 def check(tensors: list[Tensor | None], **options: Any) -> None:
     x = tensors[0]
-    points = x[0, 0].numel()
+    batch, channels = x.shape[:2]
+    values = batch * x[0, 0].numel()
     check_against_float64(
         lambda *t: apply(se_ext, t, **options),
         lambda *t: apply(reference, t, **options),
         tensors,
-        # Forward sums N P values per channel; backward twice as many, over terms that nearly cancel.
-        summed=(16 * x.shape[0] * points, 256 * x.shape[0] * points + x.shape[1] * x.shape[0]),
+        # A channel has N P values, forward and backward; a weight's gradient has N terms, each a sum over C.
+        summed=(values + channels, values + batch * channels),
     )
 
 
@@ -325,4 +326,4 @@ def test_against_float64_on_real_shapes(shape, channels_last):
     tensors = make_case(shape, channels_last=channels_last, requires_grad=False)
     y = apply(se_ext, tuple(tensors), post_activation="relu")
     exact = apply(reference, tuple(t.double() for t in tensors), post_activation="relu")
-    assert_close(y, exact, torch.float32, 16 * shape[0] * shape[2] * shape[3])
+    assert_close(y, exact, torch.float32, shape[0] * shape[2] * shape[3])

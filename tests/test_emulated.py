@@ -70,7 +70,7 @@ for dtype in DTYPES:
                     lambda *t: bn(se_ext, t),
                     lambda *t: bn(reference, t),
                     [x, *(torch.rand(c).to(dtype).requires_grad_() for _ in range(2)), *weights, residual],
-                    (16 * length, 256 * length),
+                    (length, length),
                 )
             with torch.no_grad():
                 expected = se_ext.squeeze_excite(x, *weights, act, gate, residual, post)

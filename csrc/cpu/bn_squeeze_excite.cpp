@@ -60,13 +60,13 @@ struct Saved {
 
 void statistics_of_batch(const FeatureMap& x, Vectors& v, const Saved& saved, double eps) {
   const std::int64_t N = x.samples, C = x.slab.channels;
+  const bool keeps_means = saved.sample_means.numel() > 0;
   const Schedule schedule = Schedule::of(x, 1, 0);
   Reduction tiles(x, schedule, v.type, 2);
-  Scratch scratch(tiles.scratch_items() + 4 * N * C, 4, x.tensor.options().dtype(v.type));
+  Scratch scratch(tiles.scratch_items() + (keeps_means ? 3 : 4) * N * C, 4, x.tensor.options().dtype(v.type));
   tiles.use(scratch.take(tiles.scratch_items()));
   const Pointer sums_at = scratch.take(2 * N * C), m2_at = scratch.take(N * C);
-  const Pointer own_means_at = scratch.take(N * C);
-  const Pointer means_at = saved.sample_means.numel() ? Pointer(saved.sample_means) : own_means_at;
+  const Pointer means_at = keeps_means ? Pointer(saved.sample_means) : scratch.take(N * C);
   const AffineKernels& map = kernels().affine[static_cast<int>(x.dtype)];
   if (x.slab_elements() > 0) {
     schedule.run(N, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
@@ -76,8 +76,9 @@ void statistics_of_batch(const FeatureMap& x, Vectors& v, const Saved& saved, do
         map.finish_moments(x.slab, x.sample(n), sums_at.at(2 * n * C), means_at.at(n * C), m2_at.at(n * C));
       });
     });
+  } else {
+    saved.sample_means.fill_(std::numeric_limits<double>::quiet_NaN());
   }
-  if (x.slab_elements() == 0) saved.sample_means.fill_(std::numeric_limits<double>::quiet_NaN());
   v.kernels().batch_statistics(x.slab.points ? N : 0, C, x.slab.points, eps, means_at.base, m2_at.base,
                                saved.mean.data_ptr(), saved.var.data_ptr(), saved.inverse.data_ptr());
   v.mean = saved.mean;

@@ -1,7 +1,8 @@
 // Kernels over the feature map behind a prologue: u = pre(a ⊙ x + b) takes the place of x. On one tile of one sample.
 //
-// Which activations are compiled in: an identity pre with any common post (batch norm → SE → + shortcut → ReLU), a
-// common pre with an identity post (batch norm → SiLU → SE). Every other pair goes through a switch per register.
+// Which activations are compiled in: an identity pre with an identity or ReLU behind (batch norm → SE → + shortcut →
+// ReLU), and a common pre with none behind (batch norm → SiLU → SE). Every other pair goes through a switch per
+// register, and so does all of float64, which is for checking results, not for speed.
 #pragma once
 
 #include "activations.h"
@@ -55,7 +56,6 @@ struct Any {
   }
 };
 
-// What is compiled in, see above; double has the switch alone: it is for checking results, not for speed.
 template <class T>
 inline constexpr bool kSwitchAlone = sizeof(acc_t<T>) == sizeof(double);
 

@@ -82,11 +82,12 @@ void rescale_backward_reduce(const Slab& slab, Tile tile, const RescaleBackward&
   const T* x = static_cast<const T*>(b.x);
   const A* scales = static_cast<const A*>(b.scale);
   dispatch_backward<T>(slab, b, [&]<Layout layout>(auto gv) {
-    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](Channels channels) SE_EXT_ALWAYS_INLINE {
-      const PerChannel<layout, A> scale(scales, channels);
-      return [=](std::int64_t i, std::int64_t c, auto lanes)
-                 SE_EXT_ALWAYS_INLINE { return gv.at(i, scale.at(c, lanes), lanes) * load(x + i, lanes); };
-    });
+    sum_tile<layout, is_cheap(gv.activation)>(
+        slab, tile, static_cast<A*>(sums), [=](Channels channels) SE_EXT_ALWAYS_INLINE {
+          const PerChannel<layout, A> scale(scales, channels);
+          return [=](std::int64_t i, std::int64_t c, auto lanes)
+                     SE_EXT_ALWAYS_INLINE { return gv.at(i, scale.at(c, lanes), lanes) * load(x + i, lanes); };
+        });
   });
 }
 

@@ -130,12 +130,6 @@ SE_EXT_INLINE void put_four_rows(const S* four, A* sums, std::int64_t channels) 
   }
 }
 
-// The sums of a register of neighbouring channels.
-template <class A, class S, class L>
-SE_EXT_INLINE void put_columns(const S& sum, A* sums, std::int64_t channels, L lanes) {
-  for (int k = 0; k < kParts<A, S>; ++k) store(sums + k * channels, part<A>(sum, k), lanes);
-}
-
 // One long row as one S of partial sums: interleaved registers per block, blocks in order.
 template <class A, class S, class Visitor>
 SE_EXT_INLINE S sum_long_row(std::int64_t points, std::int64_t channel, Visitor&& f) {
@@ -213,11 +207,11 @@ SE_EXT_INLINE void sum_rows(const Slab& slab, Tile tile, A* sums, Factory&& fact
 
 // A band of kWidth registers of channels, summed over the tile's points in kColumnSums registers: narrow bands take
 // several points at once, as separate sums that are added in the end.
-template <class A, class S, int kWidth, class Visitor, class L>
+template <class A, int kWidth, class Visitor, class L>
 SE_EXT_INLINE void sum_band(std::int64_t C, Tile tile, std::int64_t c, A* sums, const Visitor& f, L lanes) {
-  constexpr int kPoints = kColumnSums / kParts<A, S> / kWidth;
-  S sum[kPoints][kWidth] = {};
-  const auto add = [&](S* to, std::int64_t p) SE_EXT_ALWAYS_INLINE {
+  constexpr int kPoints = kColumnSums / kWidth;
+  Vec<A> sum[kPoints][kWidth] = {};
+  const auto add = [&](Vec<A>* to, std::int64_t p) SE_EXT_ALWAYS_INLINE {
     for (int r = 0; r < kWidth; ++r) to[r] += f(p * C + c + r * kLanes<A>, c + r * kLanes<A>, lanes);
   };
   std::int64_t p = tile.begin;
@@ -232,7 +226,7 @@ SE_EXT_INLINE void sum_band(std::int64_t C, Tile tile, std::int64_t c, A* sums, 
       for (int r = 0; r < kWidth; ++r) sum[k][r] += sum[k + step][r];
     }
   }
-  for (int r = 0; r < kWidth; ++r) put_columns<A>(sum[0][r], sums + c + r * kLanes<A>, C, lanes);
+  for (int r = 0; r < kWidth; ++r) store(sums + c + r * kLanes<A>, sum[0][r], lanes);
 }
 
 // The same for all channels, sums in memory. Points are read one after the other, as they lie: a visitor that computes
@@ -257,27 +251,31 @@ SE_EXT_INLINE void sum_points(std::int64_t C, Tile tile, A* sums, const Visitor&
 // sums[c] = Σ_p f(p, c) over the tile's points, for all channels.
 template <class A, class S, bool kCheap, class Factory>
 SE_EXT_INLINE void sum_columns(const Slab& slab, Tile tile, A* sums, Factory&& factory) {
-  constexpr int L = kLanes<A>;
   const std::int64_t C = slab.channels;
   const auto f = factory(Channels{0});
-  if constexpr (kParts<A, S> > 1 || !kCheap) return sum_points<A, S>(C, tile, sums, f);
-  std::int64_t c = 0;
-  for (; c + 8 * L <= C; c += 8 * L) sum_band<A, S, 8>(C, tile, c, sums, f, All{});
-  if (c + 4 * L <= C) {
-    sum_band<A, S, 4>(C, tile, c, sums, f, All{});
-    c += 4 * L;
+  if constexpr (kParts<A, S> > 1 || !kCheap) {
+    sum_points<A, S>(C, tile, sums, f);
+  } else {
+    constexpr int L = kLanes<A>;
+    std::int64_t c = 0;
+    for (; c + 8 * L <= C; c += 8 * L) sum_band<A, 8>(C, tile, c, sums, f, All{});
+    if (c + 4 * L <= C) {
+      sum_band<A, 4>(C, tile, c, sums, f, All{});
+      c += 4 * L;
+    }
+    if (c + 2 * L <= C) {
+      sum_band<A, 2>(C, tile, c, sums, f, All{});
+      c += 2 * L;
+    }
+    if (c + L <= C) {
+      sum_band<A, 1>(C, tile, c, sums, f, All{});
+      c += L;
+    }
+    if (c < C) sum_band<A, 1>(C, tile, c, sums, f, First{static_cast<int>(C - c)});
   }
-  if (c + 2 * L <= C) {
-    sum_band<A, S, 2>(C, tile, c, sums, f, All{});
-    c += 2 * L;
-  }
-  if (c + L <= C) {
-    sum_band<A, S, 1>(C, tile, c, sums, f, All{});
-    c += L;
-  }
-  if (c < C) sum_band<A, S, 1>(C, tile, c, sums, f, First{static_cast<int>(C - c)});
 }
 
+// kCheap: the visitor waits for memory alone.
 template <Layout layout, bool kCheap = true, class A, class Factory>
 SE_EXT_INLINE void sum_tile(const Slab& slab, Tile tile, A* sums, Factory&& factory) {
   using S = decltype(factory(Channels{0})(std::int64_t{}, std::int64_t{}, All{}));
