@@ -6,7 +6,7 @@
 #include <array>
 
 #include "../checks.h"
-#include "feature_map.h"
+#include "../feature_map.h"
 #include "isa.h"
 #include "parallel.h"
 

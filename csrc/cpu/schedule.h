@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "feature_map.h"
+#include "tiling.h"
 #include "isa.h"
 #include "parallel.h"
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "feature_map.h"
+#include "../feature_map.h"
 
 namespace se_ext::cpu {
 

@@ -1,14 +1,12 @@
-// A feature map as the kernels see it: samples of one slab each, a slab cut into tiles.
+// A feature map as the kernels see it: samples of one slab each.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
+#include "allocate.h"
+#include "params.h"
 
-#include "../allocate.h"
-#include "../params.h"
-
-namespace se_ext::cpu {
+namespace se_ext {
 
 inline DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -60,32 +58,4 @@ struct FeatureMap {
   }
 };
 
-// A slab's tiles. Their size depends on the slab and its dtype alone, never on threads or batch, so that partial sums
-// over tiles are always combined in the same order.
-struct Tiling {
-  static constexpr std::int64_t kTileBytes = 32 * 1024;
-  static constexpr std::int64_t kAligned = 32;    // channels, so that tiles start where a register does if slabs do
-  static constexpr std::int64_t kFewPoints = 16;  // a tile's row of partial sums is small beside the tile
-  static constexpr std::int64_t kMostTiles = 64;
-
-  std::int64_t extent;  // channels or points per tile
-  std::int64_t total;   // channels or points in all
-  std::int64_t count;
-
-  explicit Tiling(const FeatureMap& map) {
-    const bool channels_first = map.slab.layout == Layout::ChannelsFirst;
-    const std::int64_t line = channels_first ? map.slab.points : map.slab.channels;
-    total = channels_first ? map.slab.channels : map.slab.points;
-    extent = std::max<std::int64_t>(1, kTileBytes / std::max<std::int64_t>(1, line * map.data.item_bytes));
-    if (channels_first) {
-      if (extent > kAligned) extent -= extent % kAligned;
-    } else {
-      extent = std::max({extent, kFewPoints, total / kMostTiles});
-    }
-    count = (total + extent - 1) / extent;
-  }
-
-  Tile tile(std::int64_t i) const { return {i * extent, std::min((i + 1) * extent, total)}; }
-};
-
-}  // namespace se_ext::cpu
+}  // namespace se_ext
