@@ -1,11 +1,12 @@
 """Builds se_ext/libse_ext.so (the torch ops; no Python in it) and se_ext/_C (pybind11: build information).
 
 The CPU kernels are compiled once per instruction set, each as a small static library with its own flags; the ops pick
-one at run time. Metadata is in pyproject.toml.
+one at run time. What CUDA needs beyond that is in setup_cuda.py. Metadata is in pyproject.toml.
 """
 
 import os
 import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from setuptools.command.build_clib import build_clib
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # pip does not
+import setup_cuda  # noqa: E402
+
 CSRC = Path("csrc")
 IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
 
@@ -39,7 +43,7 @@ def sources(*folders: str) -> list[str]:
 
 def kernel_library(name: str, flags: list[str]) -> tuple[str, dict]:
     source = str(CSRC / "cpu" / "kernels" / f"{name}.cpp")
-    kernel_headers = [h for h in headers() if "kernels" in h or h.endswith("params.h")]
+    kernel_headers = [h for h in headers() if "cpu/kernels" in h or h.endswith("params.h")]
     return f"se_ext_{name}", {
         "sources": [source],
         "obj_deps": {source: kernel_headers},
@@ -59,6 +63,8 @@ class Build(BuildExtension):
     """Builds the kernels first, links _C against libse_ext, and records the torch version built against."""
 
     def run(self) -> None:
+        self.toolkit = setup_cuda.chosen_toolkit(torch.version.cuda)
+        self.gpus = setup_cuda.architectures(self.toolkit) if self.toolkit else []
         self.run_command("build_clib")
         super().run()
         packages = [Path(self.build_lib, "se_ext")] + ([ROOT / "se_ext"] if self.inplace or self.editable_mode else [])
@@ -69,7 +75,33 @@ class Build(BuildExtension):
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "se_ext._C":
             ext.library_dirs.append(str(Path(self.get_ext_fullpath("se_ext.libse_ext")).parent))
+        elif self.toolkit is not None:
+            self.add_cuda(ext, self.toolkit)
         super().build_extension(ext)
+
+    def add_cuda(self, ext: Extension, toolkit: setup_cuda.Toolkit) -> None:
+        """Compiles csrc/cuda and adds it to libse_ext; apart from its sources, whose objects serve both builds."""
+        ext.extra_objects += setup_cuda.compile_kernels(toolkit, self.gpus, self.build_temp)
+
+        def compile_adapters(adapters: list[str], **macros: str) -> list[str]:
+            return self.compiler.compile(
+                adapters,
+                output_dir=self.build_temp,
+                macros=list(macros.items()),
+                include_dirs=[*ext.include_dirs, *toolkit.include_dirs],
+                extra_postargs=ext.extra_compile_args,
+                depends=ext.depends,
+            )
+
+        macros = {}
+        if not any(Path(folder, "c10/cuda/impl/cuda_cmake_macros.h").exists() for folder in ext.include_dirs):
+            macros["C10_USING_CUSTOM_GENERATED_MACROS"] = "1"  # a torch without CUDA lacks that header
+        info = str(CSRC / "cuda" / "info.cpp")
+        ext.extra_objects += compile_adapters([s for s in sources("cuda") if s != info], **macros)
+        ext.extra_objects += compile_adapters([info], SE_EXT_CUDA_ARCHITECTURES=f'"{" ".join(self.gpus)}"')
+        ext.sources.remove(str(CSRC / "no_cuda.cpp"))
+        ext.library_dirs += toolkit.library_dirs
+        ext.libraries += ["cudart"] if torch.version.cuda is None else ["cudart", "c10_cuda"]
 
 
 def extensions() -> list[Extension]:
@@ -77,9 +109,9 @@ def extensions() -> list[Extension]:
         "se_ext.libse_ext",
         sources(".", "cpu"),
         depends=headers(),
-        # Torch picks the C++ standard. OpenMP is compiled for but not linked: its symbols come from the runtime that
-        # torch itself loads, so that the process has one.
-        extra_compile_args=[*OPTIMISE, "-fopenmp"],
+        # C++20 is named because torch 2.11 would pick 17. OpenMP is compiled for but not linked: its symbols come from
+        # the runtime that torch itself loads, so that the process has one.
+        extra_compile_args=["-std=c++20", *OPTIMISE, "-fopenmp"],
         extra_link_args=["-Wl,--exclude-libs,ALL"],
         py_limited_api=True,
     )

@@ -14,4 +14,9 @@ PYBIND11_MODULE(_C, m) {
         "The size of the CPU's cache of that level (2 or 3), as the schedules of the kernels assume it.");
   m.def("num_threads", &se_ext::num_threads, "The threads that the CPU kernels may use.");
   m.def("openmp_runtime", &se_ext::openmp_runtime, "The path of the OpenMP runtime that serves the CPU kernels.");
+  m.def("cuda_toolkit", &se_ext::cuda_toolkit, "The CUDA toolkit that built the library; empty without CUDA.");
+  m.def("cuda_architectures", &se_ext::cuda_architectures, "The GPU architectures built for; empty without CUDA.");
+  m.def("set_cuda_path", &se_ext::set_cuda_path, pybind11::arg("path"),
+        "Which CUDA kernels run: auto, cluster, chunked or whole; for tests and measurements.");
+  m.def("cuda_path", &se_ext::cuda_path, "What set_cuda_path last set; empty without CUDA.");
 }

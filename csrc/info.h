@@ -18,4 +18,10 @@ SE_EXT_API std::int64_t cache_bytes(
 SE_EXT_API int num_threads();             // torch's intra-op threads
 SE_EXT_API std::string openmp_runtime();  // path of the OpenMP library that answers here
 
+// csrc/cuda, or csrc/no_cuda.cpp in a build without it.
+SE_EXT_API std::string cuda_toolkit();                     // "13.0"; "" without CUDA
+SE_EXT_API std::vector<std::string> cuda_architectures();  // "8.0", "9.0+PTX"; none without CUDA
+SE_EXT_API void set_cuda_path(const std::string& path);    // "auto", "cluster", "chunked" or "whole"; to test, measure
+SE_EXT_API std::string cuda_path();                        // the last one set, at first "auto"; "" without CUDA
+
 }  // namespace se_ext

@@ -13,9 +13,9 @@ from se_ext import _C, _build
 def report() -> dict[str, str]:
     """The environment, as label → value."""
     cuda = "none in this build"
-    if torch.cuda.is_available():
-        cuda += f"; GPU found: {torch.cuda.get_device_name()}"
-    return {
+    if _C.cuda_toolkit():
+        cuda = f"toolkit {_C.cuda_toolkit()}, architectures {' '.join(_C.cuda_architectures())}"
+    lines = {
         "se_ext": se_ext.__version__,
         "torch": f"{torch.__version__} (built against {_build.TORCH_VERSION})",
         "Python": platform.python_version(),
@@ -26,6 +26,10 @@ def report() -> dict[str, str]:
         "OpenMP runtime": _C.openmp_runtime(),
         "CUDA kernels": cuda,
     }
+    if torch.cuda.is_available():
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        lines["GPU"] = f"{torch.cuda.get_device_name()}, compute capability {capability}"
+    return lines
 
 
 def main() -> None:

@@ -1,0 +1,39 @@
+#include "device.h"
+
+#include <mutex>
+#include <unordered_map>
+
+namespace se_ext::cuda {
+namespace {
+
+Device ask(int index) {
+  const auto attribute = [index](cudaDeviceAttr name) {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index));
+    return value;
+  };
+  Device d{};
+  d.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  d.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  d.l2_bytes = attribute(cudaDevAttrL2CacheSize);
+  d.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  d.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  d.shared_reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+  // Two transfers per clock; kHz and bits.
+  d.bytes_per_us = 2.0 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8 / 1e3;
+  return d;
+}
+
+}  // namespace
+
+const Device& current_device() {
+  static std::mutex mutex;
+  static std::unordered_map<int, Device> devices;  // references into it stay valid
+  int index = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&index));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = devices.find(index);
+  return found != devices.end() ? found->second : devices.emplace(index, ask(index)).first->second;
+}
+
+}  // namespace se_ext::cuda

@@ -1,0 +1,28 @@
+// The GPU that an op runs on, and the key that its kernels are registered for.
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cstdint>
+
+// tests/cuda_host runs the same adapters on CPU tensors.
+#ifndef SE_EXT_CUDA_KEY
+#define SE_EXT_CUDA_KEY CUDA
+#endif
+
+namespace se_ext::cuda {
+
+struct Device {
+  int capability;  // 10 · major + minor
+  int multiprocessors;
+  std::int64_t l2_bytes;
+  std::int64_t shared_per_block, shared_per_multiprocessor, shared_reserved;  // bytes
+  double bytes_per_us;                                                        // of far memory
+};
+
+// Of the current device; asked for once per device.
+const Device& current_device();
+
+}  // namespace se_ext::cuda

@@ -1,0 +1,222 @@
+// How the threads walk over the map. A visitor says what is loaded at an index, what is added to its channel's sums, or
+// what is written; a walk says who visits which index. Loads of kAhead accesses are issued before the first of them is
+// used.
+//
+// A visitor of type V has
+//   V::value_type                          the map's type
+//   V::kParts                              sums per channel
+//   V::kAhead                              accesses loaded ahead: some 64 to 128 bytes per thread keep memory busy
+//   prepare<n>(sample, channels)           what an access of n values needs of its channels: a struct of Lanes
+//   load<n>(i)                             the raw values at index i of the map
+//   add<n>(raw, prepared, sums)            sums[part] += …, lane by lane
+//   write<n>(i, raw, prepared)             the results of the access
+#pragma once
+
+#include "../tiling.h"
+#include "divider.cuh"
+#include "values.cuh"
+
+namespace se_ext::cuda {
+
+// ---- the channels of an access ----
+
+struct Same {  // all values are of one channel
+  std::int64_t channel;
+};
+struct Split {  // those from `at` on are of the next channel
+  std::int64_t channel;
+  int at;
+  bool has_next;  // false in the last channel
+};
+struct Consecutive {  // value j is of channel + j
+  std::int64_t channel;
+};
+
+// values[offset + channel of lane j]; `otherwise` where there are no values
+template <int n, class A>
+SE_EXT_DEVICE Lanes<A, n> per_channel(const A* values, std::int64_t offset, Same channels, A otherwise = 1) {
+  const A one = values ? values[offset + channels.channel] : otherwise;
+  return lanes<A, n>([&](int) { return one; });
+}
+template <int n, class A>
+SE_EXT_DEVICE Lanes<A, n> per_channel(const A* values, std::int64_t offset, Split channels, A otherwise = 1) {
+  const A first = values ? values[offset + channels.channel] : otherwise;
+  const A second = values && channels.has_next ? values[offset + channels.channel + 1] : first;
+  return lanes<A, n>([&](int j) { return j < channels.at ? first : second; });
+}
+template <int n, class A>
+SE_EXT_DEVICE Lanes<A, n> per_channel(const A* values, std::int64_t offset, Consecutive channels, A otherwise = 1) {
+  if (!values) return lanes<A, n>([&](int) { return otherwise; });
+  return load<n>(values + offset + channels.channel);
+}
+
+// ---- sums ----
+
+template <class Visitor, int n>
+struct Accumulators {
+  using A = acc_t<typename Visitor::value_type>;
+  Lanes<A, n> part[Visitor::kParts];
+
+  SE_EXT_DEVICE Accumulators() {
+    SE_EXT_UNROLL
+    for (int k = 0; k < Visitor::kParts; ++k) part[k] = lanes<A, n>([](int) { return A(0); });
+  }
+};
+
+// Adds the accesses at first, first + step, … below end, in this order; index(i) is where access i lies.
+template <int n, class Visitor, class Prepared, class Index>
+SE_EXT_DEVICE void add_all(const Visitor& visitor, const Prepared& prepared, std::int64_t first, std::int64_t end,
+                           std::int64_t step, const Index& index, Accumulators<Visitor, n>& sums) {
+  using Raw = decltype(visitor.template load<n>(0));
+  for (std::int64_t i = first; i < end; i += Visitor::kAhead * step) {
+    Raw raw[Visitor::kAhead];
+    SE_EXT_UNROLL
+    for (int k = 0; k < Visitor::kAhead; ++k) {
+      if (i + k * step < end) raw[k] = visitor.template load<n>(index(i + k * step));
+    }
+    SE_EXT_UNROLL
+    for (int k = 0; k < Visitor::kAhead; ++k) {
+      if (i + k * step < end) visitor.template add<n>(raw[k], prepared, sums.part);
+    }
+  }
+}
+
+// A tile of a row, summed by `lanes` neighbours of a warp: all of them return the sums. Every thread of the warp must
+// come here.
+template <int n, class Visitor>
+SE_EXT_DEVICE Accumulators<Visitor, 1> sum_row(const Visitor& visitor, std::int64_t sample, std::int64_t channel,
+                                               std::int64_t row, std::int64_t tile, const Tiling& tiling,
+                                               std::int64_t accesses) {
+  const int lane = static_cast<int>(threadIdx.x) & (tiling.lanes - 1);
+  const std::int64_t begin = tile * tiling.extent;
+  const std::int64_t end = begin + tiling.extent < accesses ? begin + tiling.extent : accesses;
+  const auto prepared = visitor.template prepare<n>(sample, Same{channel});
+  const std::int64_t base = row * accesses;
+  Accumulators<Visitor, n> wide;
+  add_all<n>(visitor, prepared, begin + lane, end, tiling.lanes, [=](std::int64_t i) { return (base + i) * n; }, wide);
+  Accumulators<Visitor, 1> sums;
+  SE_EXT_UNROLL
+  for (int k = 0; k < Visitor::kParts; ++k) {
+    auto& part = wide.part[k];
+    SE_EXT_UNROLL
+    for (int half = n / 2; half > 0; half /= 2) {
+      SE_EXT_UNROLL
+      for (int j = 0; j < half; ++j) part[j] += part[j + half];
+    }
+    auto sum = part[0];
+    for (int mask = tiling.lanes / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    sums.part[k][0] = sum;
+  }
+  return sums;
+}
+
+// A tile of a band, summed by the block: put(part, channel, sum) is called once per part and channel. `shared` has room
+// for a value per thread and value of an access. Starts and ends with all threads of the block together.
+template <int n, class Visitor, class Put>
+SE_EXT_DEVICE void sum_band(const Visitor& visitor, std::int64_t sample, std::int64_t band, std::int64_t tile,
+                            const Tiling& tiling, std::int64_t channels, std::int64_t points,
+                            acc_t<typename Visitor::value_type>* shared, const Put& put) {
+  using A = acc_t<typename Visitor::value_type>;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row = thread / tiling.width, column = thread - row * tiling.width;
+  const std::int64_t first_channel = (band * tiling.width + column) * n;
+  const std::int64_t begin = tile * tiling.extent;
+  const std::int64_t end = begin + tiling.extent < points ? begin + tiling.extent : points;
+  Accumulators<Visitor, n> sums;
+  if (row < tiling.rows && first_channel < channels) {
+    const auto prepared = visitor.template prepare<n>(sample, Consecutive{first_channel});
+    const std::int64_t base = sample * points;
+    add_all<n>(
+        visitor, prepared, begin + row, end, tiling.rows,
+        [=](std::int64_t p) { return (base + p) * channels + first_channel; }, sums);
+  }
+  const int wide = tiling.width * n;
+  SE_EXT_UNROLL
+  for (int k = 0; k < Visitor::kParts; ++k) {
+    if (row < tiling.rows) {
+      SE_EXT_UNROLL
+      for (int j = 0; j < n; ++j) shared[row * wide + column * n + j] = sums.part[k][j];
+    }
+    __syncthreads();
+    const std::int64_t channel = band * wide + thread;
+    if (thread < wide && channel < channels) {
+      A sum = shared[thread];
+      for (int r = 1; r < tiling.rows; ++r) sum += shared[r * wide + thread];
+      put(k, channel, sum);
+    }
+    __syncthreads();
+  }
+}
+
+// ---- writes ----
+
+template <int n, class Visitor, class Prepared, class Index>
+SE_EXT_DEVICE void write_all(const Visitor& visitor, const Prepared& prepared, std::int64_t first, std::int64_t end,
+                             std::int64_t step, const Index& index) {
+  using Raw = decltype(visitor.template load<n>(0));
+  for (std::int64_t i = first; i < end; i += Visitor::kAhead * step) {
+    Raw raw[Visitor::kAhead];
+    SE_EXT_UNROLL
+    for (int k = 0; k < Visitor::kAhead; ++k) {
+      if (i + k * step < end) raw[k] = visitor.template load<n>(index(i + k * step));
+    }
+    SE_EXT_UNROLL
+    for (int k = 0; k < Visitor::kAhead; ++k) {
+      if (i + k * step < end) visitor.template write<n>(index(i + k * step), raw[k], prepared);
+    }
+  }
+}
+
+// A tile of a row, by `lanes` neighbours of a warp.
+template <int n, class Visitor>
+SE_EXT_DEVICE void write_row(const Visitor& visitor, std::int64_t sample, std::int64_t channel, std::int64_t row,
+                             std::int64_t tile, const Tiling& tiling, std::int64_t accesses) {
+  const int lane = static_cast<int>(threadIdx.x) & (tiling.lanes - 1);
+  const std::int64_t begin = tile * tiling.extent;
+  const std::int64_t end = begin + tiling.extent < accesses ? begin + tiling.extent : accesses;
+  const std::int64_t base = row * accesses;
+  write_all<n>(visitor, visitor.template prepare<n>(sample, Same{channel}), begin + lane, end, tiling.lanes,
+               [=](std::int64_t i) { return (base + i) * n; });
+}
+
+// Accesses [begin, end) of a sample whose rows are not aligned to an access: an access has values of up to two rows.
+// Thread `thread` of `threads` takes every threads-th of them.
+template <int n, class Visitor>
+SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample, std::int64_t begin, std::int64_t end,
+                                     std::int64_t thread, std::int64_t threads, std::int64_t channels,
+                                     const Divider& by_points) {
+  using Raw = decltype(visitor.template load<n>(0));
+  const std::int64_t base = sample * channels * by_points.divisor;
+  for (std::int64_t i = begin + thread; i < end; i += Visitor::kAhead * threads) {
+    Raw raw[Visitor::kAhead];
+    SE_EXT_UNROLL
+    for (int k = 0; k < Visitor::kAhead; ++k) {
+      if (i + k * threads < end) raw[k] = visitor.template load<n>(base + (i + k * threads) * n);
+    }
+    SE_EXT_UNROLL
+    for (int k = 0; k < Visitor::kAhead; ++k) {
+      const std::int64_t access = i + k * threads;
+      if (access < end) {
+        const auto [channel, point] = by_points(access * n);
+        const std::int64_t left = by_points.divisor - point;
+        const Split split{channel, left < n ? static_cast<int>(left) : n, channel + 1 < channels};
+        visitor.template write<n>(base + access * n, raw[k], visitor.template prepare<n>(sample, split));
+      }
+    }
+  }
+}
+
+// A tile of a band, by the block; `extent` points to a tile, which may differ from the sums'.
+template <int n, class Visitor>
+SE_EXT_DEVICE void write_band(const Visitor& visitor, std::int64_t sample, std::int64_t band, std::int64_t begin,
+                              std::int64_t end, const Tiling& tiling, std::int64_t channels, std::int64_t points) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row = thread / tiling.width, column = thread - row * tiling.width;
+  const std::int64_t first_channel = (band * tiling.width + column) * n;
+  if (row >= tiling.rows || first_channel >= channels) return;
+  const std::int64_t base = sample * points;
+  write_all<n>(visitor, visitor.template prepare<n>(sample, Consecutive{first_channel}), begin + row, end, tiling.rows,
+               [=](std::int64_t p) { return (base + p) * channels + first_channel; });
+}
+
+}  // namespace se_ext::cuda

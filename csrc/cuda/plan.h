@@ -1,0 +1,33 @@
+// Which way an op goes over its map.
+#pragma once
+
+#include "../params.h"
+#include "device.h"
+
+namespace se_ext::cuda {
+
+// Cluster: one kernel, each sample's slab on chip from the squeeze to the rescale.
+// Chunked: squeeze, excite and rescale on a few samples at a time, so that the rescale finds them in the L2 cache.
+// Whole: the three on the whole batch.
+enum class Path : std::uint8_t { Cluster, Chunked, Whole };
+
+struct Work {
+  DType dtype;
+  Slab slab;
+  std::int64_t samples;
+  int maps_read_twice;           // by the reduction and by the pass that writes
+  int maps_once;                 // read or written by the latter alone
+  std::int64_t hidden_channels;  // of the excitation
+  std::int64_t weight_bytes;     // of both layers
+  bool can_cluster;              // the op has such a kernel
+};
+
+struct Plan {
+  Path path;
+  int cluster;         // blocks per sample, where path is Cluster
+  std::int64_t chunk;  // samples at a time; all of them where path is Whole
+
+  static Plan of(const Work& work, const Device& device);
+};
+
+}  // namespace se_ext::cuda

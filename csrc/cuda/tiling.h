@@ -1,0 +1,93 @@
+// How a slab is cut up among threads and blocks. A function of the slab and its dtype alone, never of the batch or the
+// device, so that every path takes every sum in the same order.
+//
+// ChannelsFirst: a row is the P values of a channel; `lanes` threads of a warp share a tile of it.
+// ChannelsLast: a band is `width` accesses side by side; a block takes a tile of the points of one band, each of its
+// `rows` rows of threads every rows-th point.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace se_ext::cuda {
+
+constexpr int kThreads = 256;  // per block, in every kernel over the map
+constexpr int kWarp = 32;
+constexpr int kAccessBytes = 16;
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int size_of(DType type) {
+  return type == DType::Float64 ? 8 : type == DType::Float32 ? 4 : 2;
+}
+
+// Values per access of 16 bytes.
+constexpr int full_access(DType type) {
+  return kAccessBytes / size_of(type);
+}
+
+struct Tiling {
+  int access;           // values per access of the kernels that sum: 16 bytes, 8, or one value
+  int lanes = 0;        // ChannelsFirst
+  int width = 0;        // ChannelsLast
+  int rows = 0;         // ChannelsLast
+  std::int64_t bands;   // ChannelsLast; else 1
+  std::int64_t extent;  // accesses of a row per tile, or points per tile
+  std::int64_t tiles;   // per row, or per band
+
+  static Tiling of(const Slab& slab, DType type) {
+    return slab.layout == Layout::ChannelsFirst ? of_rows(slab.points, type) : of_bands(slab, type);
+  }
+
+ private:
+  // The widest access that divides `length`: all of its rows are then aligned to it.
+  static int widest(std::int64_t length, DType type) {
+    const int full = full_access(type);
+    if (length % full == 0) return full;
+    return full == 8 && length % 4 == 0 ? 4 : 1;
+  }
+
+  // Four accesses a lane and more keep enough loads in flight; beyond 128 a row is cut, so that a volume of few
+  // channels has work for the whole device.
+  static Tiling of_rows(std::int64_t points, DType type) {
+    Tiling t{};
+    t.access = widest(points, type);
+    t.bands = 1;
+    const std::int64_t accesses = points / t.access;
+    t.lanes = 1;
+    while (t.lanes < kWarp && accesses >= 8 * t.lanes) t.lanes *= 2;
+    t.tiles = accesses > 128 * kWarp ? divide_up(accesses, 128 * kWarp) : 1;
+    t.extent = accesses > 0 ? divide_up(accesses, t.tiles) : 1;
+    return t;
+  }
+
+  // Bands of equal width of up to a warp's 512 bytes. Eight tiles where each thread has two points and more of one, so
+  // that a cluster of eight blocks, or a small batch, has them to share; more where a thread would walk over 64.
+  static Tiling of_bands(const Slab& slab, DType type) {
+    Tiling t{};
+    const int full = full_access(type);
+    t.access = slab.channels % full == 0 ? full : 1;
+    const std::int64_t columns = slab.channels / t.access;
+    t.bands = columns > kWarp ? divide_up(columns, kWarp) : 1;
+    t.width = columns > 0 ? static_cast<int>(divide_up(columns, t.bands)) : 1;
+    t.rows = kThreads / t.width;
+    t.tiles = 1;
+    while (t.tiles < 8 && slab.points >= 4 * t.tiles * t.rows) t.tiles *= 2;
+    if (slab.points > 8 * 64 * t.rows) t.tiles = 8 * divide_up(slab.points, 8 * 64 * t.rows);
+    t.extent = slab.points > 0 ? divide_up(slab.points, t.tiles) : 1;
+    t.tiles = slab.points > 0 ? divide_up(slab.points, t.extent) : 1;
+    return t;
+  }
+};
+
+// ChannelsFirst: rows that are not aligned to any access are written 16 bytes at a time across their ends, where an
+// access has at most two rows and every sample is aligned.
+inline bool writes_across_rows(const Slab& slab, DType type) {
+  const int full = full_access(type);
+  return Tiling::of(slab, type).access == 1 && slab.points >= full && slab.channels % full == 0;
+}
+
+}  // namespace se_ext::cuda
