@@ -6,6 +6,7 @@
 // `rows` rows of threads every rows-th point.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../params.h"
@@ -65,7 +66,8 @@ struct Tiling {
   }
 
   // Bands of equal width of up to a warp's 512 bytes. Eight tiles where each thread has two points and more of one, so
-  // that a cluster of eight blocks, or a small batch, has them to share; more where a thread would walk over 64.
+  // that a cluster of eight blocks, or a small batch, has them to share; more where a thread would walk over 16; up to
+  // 256, which are summed one after the other.
   static Tiling of_bands(const Slab& slab, DType type) {
     Tiling t{};
     const int full = full_access(type);
@@ -76,7 +78,8 @@ struct Tiling {
     t.rows = kThreads / t.width;
     t.tiles = 1;
     while (t.tiles < 8 && slab.points >= 4 * t.tiles * t.rows) t.tiles *= 2;
-    if (slab.points > 8 * 64 * t.rows) t.tiles = 8 * divide_up(slab.points, 8 * 64 * t.rows);
+    const std::int64_t of_eight = divide_up(slab.points, 8 * 16 * t.rows);
+    if (of_eight > 1) t.tiles = 8 * std::min<std::int64_t>(32, of_eight);
     t.extent = slab.points > 0 ? divide_up(slab.points, t.tiles) : 1;
     t.tiles = slab.points > 0 ? divide_up(slab.points, t.extent) : 1;
     return t;

@@ -1,0 +1,150 @@
+// The API's side of the stand-in: attributes, errors, and what a launch may ask for.
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "launch.h"
+
+namespace {
+
+struct Kernel {
+  int shared_bytes = 48 << 10;
+  bool large_clusters = false;
+};
+
+std::mutex mutex;  // over all that follows, and over the launch under way
+std::map<const void*, Kernel> kernels;
+std::uint64_t largest_cluster = 0;
+std::map<int, int> attributes = {// an H200's
+                                 {cudaDevAttrMultiProcessorCount, 132},
+                                 {cudaDevAttrMemoryClockRate, 3201000},  // kHz
+                                 {cudaDevAttrGlobalMemoryBusWidth, 6144},
+                                 {cudaDevAttrL2CacheSize, 60 << 20},
+                                 {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
+                                 {cudaDevAttrComputeCapabilityMajor, 9},
+                                 {cudaDevAttrComputeCapabilityMinor, 0},
+                                 {cudaDevAttrMaxSharedMemoryPerMultiprocessor, 233472},
+                                 {cudaDevAttrMaxSharedMemoryPerBlockOptin, 232448},
+                                 {cudaDevAttrReservedSharedMemoryPerBlock, 1024}};
+
+thread_local cudaError_t last_error = cudaSuccess;
+
+cudaError_t result(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+bool within(dim3 d, unsigned x, unsigned y, unsigned z) {
+  return d.x >= 1 && d.x <= x && d.y >= 1 && d.y <= y && d.z >= 1 && d.z <= z;
+}
+
+std::uint64_t count(dim3 d) {
+  return std::uint64_t{d.x} * d.y * d.z;
+}
+
+cudaError_t check(const cuda_host::Launch& l, bool clusters) {
+  const Kernel& kernel = kernels[l.kernel];
+  if (!within(l.grid, 0x7fffffff, 65535, 65535)) return cudaErrorInvalidConfiguration;
+  if (!within(l.block, 1024, 1024, 64) || count(l.block) > 1024) return cudaErrorInvalidConfiguration;
+  if (l.shared_bytes > static_cast<std::size_t>(kernel.shared_bytes)) return cudaErrorInvalidValue;
+  if (!clusters) return cudaSuccess;
+  if (attributes[cudaDevAttrComputeCapabilityMajor] < 9) return cudaErrorNotSupported;
+  const unsigned largest = kernel.large_clusters ? 16 : 8;
+  if (!within(l.cluster, largest, largest, largest) || count(l.cluster) > largest) return cudaErrorInvalidClusterSize;
+  if (l.grid.x % l.cluster.x != 0 || l.grid.y % l.cluster.y != 0 || l.grid.z % l.cluster.z != 0) {
+    return cudaErrorInvalidClusterSize;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+    case cudaErrorInvalidClusterSize:
+      return "cluster misconfiguration";
+  }
+  return "unrecognized error code";
+}
+
+cudaError_t cudaGetLastError() {
+  return std::exchange(last_error, cudaSuccess);
+}
+
+cudaError_t cudaPeekAtLastError() {
+  return last_error;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const std::lock_guard lock(mutex);
+  const auto found = attributes.find(attribute);
+  if (device != 0) return result(cudaErrorInvalidDevice);
+  if (found == attributes.end()) return result(cudaErrorInvalidValue);
+  *value = found->second;
+  return cudaSuccess;
+}
+
+void cuda_host_set_attribute(int attribute, int value) {
+  const std::lock_guard lock(mutex);
+  attributes[attribute] = value;
+}
+
+int cuda_host_largest_cluster() {
+  const std::lock_guard lock(mutex);
+  return static_cast<int>(std::exchange(largest_cluster, 0));
+}
+
+namespace cuda_host {
+
+cudaError_t set_kernel_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard lock(mutex);
+  switch (attribute) {
+    case cudaFuncAttributeMaxDynamicSharedMemorySize:
+      if (value < 0 || value > attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin]) break;
+      kernels[kernel].shared_bytes = value;
+      return cudaSuccess;
+    case cudaFuncAttributeNonPortableClusterSizeAllowed:
+      kernels[kernel].large_clusters = value != 0;
+      return cudaSuccess;
+  }
+  return result(cudaErrorInvalidValue);
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* arguments) {
+  Launch l{config.gridDim, config.blockDim, {1, 1, 1}, config.dynamicSmemBytes, kernel, body, arguments};
+  bool clusters = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    const auto& size = config.attrs[i].val.clusterDim;
+    l.cluster = dim3(size.x, size.y, size.z);
+    clusters = true;
+  }
+  const std::lock_guard lock(mutex);
+  largest_cluster = std::max(largest_cluster, count(l.cluster));
+  const cudaError_t error = check(l, clusters);
+  if (error == cudaSuccess) run(l);
+  return result(error);
+}
+
+}  // namespace cuda_host
