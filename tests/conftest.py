@@ -1,11 +1,19 @@
-"""Shared by all tests: data, the tolerance table, and what a missing capability means."""
+"""Shared by all tests: data and where they are, the tolerance table, and what a missing capability means.
+
+pytest --device cuda (or SE_EXT_TEST_DEVICE=cuda) runs the same tests on a GPU, on the same random numbers. Without a
+GPU they skip; SE_EXT_REQUIRE_CUDA=1 makes that a failure. SE_EXT_CUDA_HOST=<library> loads a library that puts the CUDA
+kernels, compiled for the host, in the place of the CPU's.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,31 +21,148 @@ import torch
 import se_ext
 from se_ext import _C
 
+CUDA_HOST = os.environ.get("SE_EXT_CUDA_HOST") or None
+if CUDA_HOST:
+    torch.ops.load_library(CUDA_HOST)
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALF = {torch.bfloat16, torch.float16}
 ACTIVATIONS = list(se_ext.reference.ACTIVATIONS)
 GATES = list(se_ext.reference.GATES)
+CPU = torch.device("cpu")
+RANDOM = ("rand", "randn", "randint", "rand_like", "randn_like")
+
+needs_functional_in_place = pytest.mark.skipif(
+    not hasattr(torch.Tag, "inplace"), reason="in-place ops under torch.compile need torch 2.13"
+)
+
+
+# ---- where the tests run ----
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = os.environ.get("SE_EXT_TEST_DEVICE", "cpu")
+    parser.addoption("--device", default=default, help="where the tests' tensors are: cpu (default) or cuda")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """SE_EXT_REQUIRE_ISA=avx512 turns a run on lesser kernels into a failure instead of a quiet pass."""
+    """SE_EXT_REQUIRE_ISA=avx512 turns a run on lesser kernels into a failure instead of a quiet pass, and
+    SE_EXT_REQUIRE_CUDA=1 one without a GPU."""
     required = os.environ.get("SE_EXT_REQUIRE_ISA")
     if required and _C.cpu_capability() != required:
         raise pytest.UsageError(f"SE_EXT_REQUIRE_ISA={required}, but {_C.cpu_capability()} kernels are in use")
+    place = config.getoption("--device")
+    if place not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"expected --device (or SE_EXT_TEST_DEVICE) to be cpu or cuda, got {place!r}")
+    if place == "cuda" and cuda_is_required() and (reason := missing_cuda()):
+        raise pytest.UsageError(f"--device cuda with SE_EXT_REQUIRE_CUDA=1, but {reason}")
+    _place.append(torch.device(place))
     config.addinivalue_line("markers", "slow: needs gigabytes or minutes; runs where SE_EXT_SLOW=1")
+    config.addinivalue_line("markers", "cpu_only: of the CPU kernels or of what is beside the ops; not for a GPU")
+    config.addinivalue_line("markers", "large: of maps of millions of elements, too many for emulated kernels")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests run on request."""
-    if os.environ.get("SE_EXT_SLOW") == "1":
-        return
+    """Slow tests run on request, and those of the CPU's kernels where these run."""
+    skips = {}
+    if os.environ.get("SE_EXT_SLOW") != "1":
+        skips["slow"] = "slow; set SE_EXT_SLOW=1 to run it"
+    if not cpu_kernels():
+        skips["cpu_only"] = "of the CPU kernels, or of what is beside the ops"
+    if emulated_cuda():
+        skips["large"] = "too large for emulated kernels"
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow; set SE_EXT_SLOW=1 to run it"))
+        for marker, reason in skips.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+_place = [CPU]  # the last one counts; what imports this file without pytest stays on the CPU
+
+
+def device() -> torch.device:
+    """Where the tests' tensors are: what --device says."""
+    return _place[-1]
+
+
+def emulated_cuda() -> bool:
+    """Whether CPU tensors go to CUDA kernels compiled for the host."""
+    return CUDA_HOST is not None
+
+
+def cpu_kernels() -> bool:
+    """Whether it is the CPU kernels that the tests' tensors go to."""
+    return device() == CPU and not emulated_cuda()
+
+
+def thread_counts(*counts: int) -> tuple[int, ...]:
+    """The numbers of threads to compute with; one is enough where they are not the CPU kernels' own."""
+    return counts if cpu_kernels() else (1,)
+
+
+def cuda_is_required() -> bool:
+    return os.environ.get("SE_EXT_REQUIRE_CUDA") == "1"
+
+
+def missing_cuda() -> str | None:
+    """What there is no GPU test without, or None. (Without kernels of ours the plain formula would be tested.)"""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("se_ext::squeeze_excite", "CUDA"):
+        return "se_ext was built without CUDA kernels"
+    return None
+
+
+def need_cuda() -> None:
+    """Skips the test without a GPU; with SE_EXT_REQUIRE_CUDA=1 fails it."""
+    if reason := missing_cuda():
+        if cuda_is_required():
+            pytest.fail(f"SE_EXT_REQUIRE_CUDA=1, but {reason}")
+        pytest.skip(reason)
+
+
+def package(name: str) -> ModuleType:
+    """A module that a few tests compare with. A machine with a GPU need not have it."""
+    return importlib.import_module(name) if device() == CPU else pytest.importorskip(name)
+
+
+def drawn_on_the_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same random numbers whatever the device: data that keep clear of a kink on one do so on all."""
+
+    def draw(*args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> torch.Tensor:
+        target = args[0].device if isinstance(args[0], torch.Tensor) else torch.get_default_device()
+        return function(*args, device="cpu", **kwargs).to(device or target).requires_grad_(requires_grad)
+
+    return draw
+
+
+@contextmanager
+def tensors_on(where: torch.device) -> Iterator[None]:
+    """New tensors are made there, and what torch computes in float32 there is not rounded to TensorFloat-32."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in RANDOM:
+            patch.setattr(torch, name, drawn_on_the_cpu(getattr(torch, name)))
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        patch.setattr(torch.backends.cudnn, "deterministic", True)
+        torch.set_default_device(where)
+        try:
+            yield
+        finally:
+            torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)
-def fresh_random_data() -> None:
+def on_the_device() -> Iterator[None]:
+    if device() == CPU:
+        yield
+        return
+    need_cuda()
+    with tensors_on(device()):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_random_data(on_the_device: None) -> None:
     torch.manual_seed(20260101)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, make_map, make_weights
+from conftest import assert_close, device, make_map, make_weights
 from torch import Tensor, nn
 
 import se_ext
@@ -20,7 +20,7 @@ HALF_TYPES = [torch.bfloat16, torch.float16]
 
 
 def autocast(dtype: torch.dtype, enabled: bool = True) -> torch.autocast:
-    return torch.autocast("cpu", dtype=dtype, enabled=enabled)
+    return torch.autocast(device().type, dtype=dtype, enabled=enabled)
 
 
 def double(t: Any) -> Any:

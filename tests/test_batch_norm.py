@@ -321,7 +321,7 @@ def test_infinity_and_nan_stay_in_their_channel():
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("shape", [(8, 256, 56, 56), (4, 2048, 7, 7)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((8, 256, 56, 56), marks=pytest.mark.large), (4, 2048, 7, 7)], ids=str)
 def test_against_float64_on_real_shapes(shape, channels_last):
     tensors = make_case(shape, channels_last=channels_last, requires_grad=False)
     y = apply(se_ext, tuple(tensors), post_activation="relu")

@@ -7,7 +7,7 @@ from typing import Optional
 
 import pytest
 import torch
-from conftest import make_map, make_weights
+from conftest import device, make_map, make_weights
 from test_memory import full_and_small, saved_maps
 from torch import Tensor, nn
 
@@ -48,6 +48,7 @@ def test_a_training_step_saves_the_map_alone(tail, channels_last):
     assert sorted(saved) == sorted(expected)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_a_training_step_allocates_results_and_gradients(tail, channels_last):
     given = [make_map((8, C, 56, 56), channels_last=channels_last, requires_grad=True) for _ in arguments(tail)]
@@ -144,7 +145,7 @@ def test_opcheck(pre, dtype, batch_statistics, channels_last):
 def test_autocast(tail):
     tail.double().float()
     given = arguments(tail)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device().type, torch.bfloat16):
         y = tail(*given)
     assert y.dtype is torch.bfloat16
     torch.autograd.backward(y, torch.ones_like(y))
@@ -201,41 +202,74 @@ def options_of(tail: se_ext.BatchNormSqueezeExcitation, given: tuple[Tensor, ...
 
 # ---- errors ----
 
-X, R = torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3)
-W = [torch.randn(4, 8), None, torch.randn(8, 4), None]
-V = torch.rand(8)
+# What is changed in a good call, by a map x and a vector v.
 ERRORS = {
-    "bn_weight of shape": (RuntimeError, r"expected bn_weight of shape \[8\], got \[4\]", {"bn_weight": V[:4]}),
-    "bn_bias of shape": (RuntimeError, r"expected bn_bias of shape \[8\], got \[8, 1\]", {"bn_bias": V[:, None]}),
-    "bn_weight of dtype": (TypeError, "expected bn_weight of dtype float32, got float64", {"bn_weight": V.double()}),
-    "drop_scale of shape": (RuntimeError, r"expected drop_scale of shape \[2\], got \[8\]", {"drop_scale": V}),
+    "bn_weight of shape": (
+        RuntimeError,
+        r"expected bn_weight of shape \[8\], got \[4\]",
+        lambda x, v: {"bn_weight": v[:4]},
+    ),
+    "bn_bias of shape": (
+        RuntimeError,
+        r"expected bn_bias of shape \[8\], got \[8, 1\]",
+        lambda x, v: {"bn_bias": v[:, None]},
+    ),
+    "bn_weight of dtype": (
+        TypeError,
+        "expected bn_weight of dtype float32, got float64",
+        lambda x, v: {"bn_weight": v.double()},
+    ),
+    "drop_scale of shape": (
+        RuntimeError,
+        r"expected drop_scale of shape \[2\], got \[8\]",
+        lambda x, v: {"drop_scale": v},
+    ),
     "drop_scale that requires grad": (
         RuntimeError,
         "expected drop_scale that does not require grad",
-        {"drop_scale": torch.rand(2, requires_grad=True)},
+        lambda x, v: {"drop_scale": torch.rand(2, requires_grad=True)},
     ),
-    "pre_activation": (ValueError, 'expected pre_activation to be one of .*, got "elu"', {"pre_activation": "elu"}),
-    "residual": (RuntimeError, r"expected residual of shape \[2, 8, 3, 3\], got \[2, 8\]", {"residual": R[..., 0, 0]}),
+    "pre_activation": (
+        ValueError,
+        'expected pre_activation to be one of .*, got "elu"',
+        lambda x, v: {"pre_activation": "elu"},
+    ),
+    "residual": (
+        RuntimeError,
+        r"expected residual of shape \[2, 8, 3, 3\], got \[2, 8\]",
+        lambda x, v: {"residual": x[..., 0, 0]},
+    ),
     "one value": (
         ValueError,
         r"expected more than one value per channel when training, got input of shape \[1, 8, 1, 1\]",
-        {"input": X[:1, :, :1, :1]},
+        lambda x, v: {"input": x[:1, :, :1, :1]},
     ),
-    "running_mean": (RuntimeError, r"expected running_mean of shape \[8\], got \[4\]", {"running_mean": V[:4]}),
-    "running_var": (RuntimeError, r"expected running_var of shape \[8\], got \[\]", {"running_var": V[0]}),
+    "running_mean": (
+        RuntimeError,
+        r"expected running_mean of shape \[8\], got \[4\]",
+        lambda x, v: {"running_mean": v[:4]},
+    ),
+    "running_var": (
+        RuntimeError,
+        r"expected running_var of shape \[8\], got \[\]",
+        lambda x, v: {"running_var": v[0]},
+    ),
     "no statistics": (
         RuntimeError,
         "expected running_mean and running_var when training is False",
-        {"training": False},
+        lambda x, v: {"training": False},
     ),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name):
-    kind, message, changed = ERRORS[name]
+    kind, message, change = ERRORS[name]
+    changed = change(torch.randn(2, 8, 3, 3), torch.rand(8))
+    weights = [torch.randn(4, 8), None, torch.randn(8, 4), None]
     names = ("input", "bn_weight", "bn_bias", "running_mean", "running_var", "w1", "b1", "w2", "b2")
-    given = dict(zip(names, (X, None, None, None, None, *W), strict=True)) | {"training": True} | changed
+    good = (torch.randn(2, 8, 3, 3), None, None, None, None, *weights)
+    given = dict(zip(names, good, strict=True)) | {"training": True} | changed
     statistic = changed.get("running_mean", torch.zeros(8)).clone()
     with pytest.raises(kind, match=f"^bn_squeeze_excite: {message}"):
         se_ext.bn_squeeze_excite(**given)

@@ -30,6 +30,8 @@ from problem import WrongResult, check, draw_problem, reference  # noqa: E402
 from timing import LEAD_IN_CALLS, Plan, interleave  # noqa: E402
 from workloads import CSV, SKIP_REASON, Use, Workload, read_workloads  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only
+
 SMALL = {
     "relu-sigmoid": Workload(24, 5, 6, 8, "ReLU", "Sigmoid", (Use("net", "SEModule", 2),)),
     "silu-hardsigmoid": Workload(24, 5, 6, 8, "SiLU", "Hardsigmoid", (Use("net", "SEModule", 1),)),

@@ -23,6 +23,8 @@ from workloads import Use, Workload  # noqa: E402
 
 import se_ext  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only
+
 ONE_CALL = Plan(rounds=2, block_ms=0, warmup_ms=0, lead_in_calls=0)
 WORKLOAD = Workload(24, 5, 6, 8, "SiLU", "Sigmoid", (Use("net", "SEModule", 1),))
 

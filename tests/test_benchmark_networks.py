@@ -22,6 +22,8 @@ from problem import WrongResult
 
 import se_ext
 
+pytestmark = pytest.mark.cpu_only
+
 BLOCKS = {
     "SEModule": lambda **kwargs: timm_networks.SEModule(16, rd_channels=8, **kwargs),
     "SEModule no bias": lambda **kwargs: timm_networks.SEModule(16, rd_channels=8, bias=False, **kwargs),

@@ -17,6 +17,8 @@ from summary import Row  # noqa: E402
 from timing import Plan  # noqa: E402
 from workloads import Use, Workload  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only
+
 WORKLOAD = Workload(24, 5, 6, 8, "SiLU", "Hardsigmoid", (Use("net", "SEModule", 1),))
 
 

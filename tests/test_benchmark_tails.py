@@ -20,6 +20,8 @@ from tail_tables import NAMES, tail_table
 from variants import build
 from workloads import Use, Workload
 
+pytestmark = pytest.mark.cpu_only
+
 WORKLOAD = Workload(24, 5, 6, 8, "SiLU", "Sigmoid", (Use("net", "SEModule", 1),))
 
 

@@ -16,6 +16,8 @@ import results_file
 import summary
 import targets
 
+pytestmark = pytest.mark.cpu_only
+
 LARGE, SMALL = (256, 56, 56), (64, 7, 7)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, make_map, make_weights
+from conftest import DTYPES, device, make_map, make_weights, needs_functional_in_place
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -219,6 +219,7 @@ def test_the_training_graphs_of_the_single_ops() -> None:
 # ---- in place ----
 
 
+@needs_functional_in_place
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_in_place_writes_into_its_input_and_returns_it(backend: str) -> None:
     def f(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -231,6 +232,7 @@ def test_in_place_writes_into_its_input_and_returns_it(backend: str) -> None:
     assert torch.equal(x, expected)
 
 
+@needs_functional_in_place
 def test_in_place_on_a_temporary_and_then_used_again() -> None:
     def f(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         t = x + 1
@@ -244,6 +246,7 @@ def test_in_place_on_a_temporary_and_then_used_again() -> None:
     assert torch.equal(f(x, s)[1], f(x, s)[0][:, :2] * 1.5)
 
 
+@needs_functional_in_place
 @pytest.mark.parametrize("grad_mode", [False, True])
 def test_the_in_place_module_follows_grad_mode(grad_mode: bool) -> None:
     module = se_ext.SqueezeExcitation(C, M, inplace=True)
@@ -304,7 +307,7 @@ def test_autocast_inside_the_graph() -> None:
     module = se_ext.SqueezeExcitation(C, M)
 
     def f(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device().type, dtype=torch.bfloat16):
             return module(x)
 
     x = make_map((2, C, 5, 6))

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.cpu_only
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = {"results.json", "training.png", "gates.png"}
 TINY = ("--quick", "--epochs", "2")

@@ -17,6 +17,8 @@ import sys
 import pytest
 from test_isa import SELF_CHECK
 
+pytestmark = pytest.mark.cpu_only
+
 # CPUs, and the kernels that are right for them. Nehalem has no AVX; Haswell has AVX2, FMA and F16C, and the kernels in
 # AVX2 need all three. (Without F16C torch's own conversions to float16 are the illegal instruction.)
 CPUS = {"Nehalem": "baseline", "Haswell": "avx2", "Haswell,-fma": "baseline"}

@@ -11,6 +11,8 @@ from conftest import assert_close, make_map, make_weights, to_float64
 
 from se_ext import reference
 
+pytestmark = pytest.mark.cpu_only
+
 OTHER_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
 N, C, M, SIDE = 3, 8, 4, 5
 

@@ -14,6 +14,8 @@ import pytest
 
 from se_ext import _C
 
+pytestmark = pytest.mark.cpu_only
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 LIBRARY = ROOT / "se_ext" / "libse_ext.so"

@@ -57,6 +57,7 @@ def case(request):
     return x, make_weights(SHAPE[1], HIDDEN, dtype, requires_grad=True), residual, channels_last
 
 
+@pytest.mark.cpu_only
 def test_the_count_is_right():
     """Known: a clone is one map, two eager steps are two; what C++ allocates is counted as well."""
     x = make_map(SHAPE)
@@ -73,6 +74,7 @@ def test_the_count_is_right():
         assert full_and_small(lambda: se_ext.squeeze_excite(x, *weights), x) == ([1], 0)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("post", ["identity", "relu", "silu"])
 def test_forward_allocates_its_result(case, post, with_residual):
@@ -92,6 +94,7 @@ def test_forward_allocates_its_result(case, post, with_residual):
         assert small <= small_bytes(x, channels_last)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("post", ["identity", "relu", "silu"])
 def test_a_step_allocates_results_and_gradients(case, post, with_residual):
@@ -110,6 +113,7 @@ def test_a_step_allocates_results_and_gradients(case, post, with_residual):
     assert small <= 2 * small_bytes(x, channels_last)
 
 
+@pytest.mark.cpu_only
 def test_only_the_gradients_asked_for_are_allocated(case):
     """Frozen input: backward writes nothing of its size. Frozen residual: one map less."""
     x, weights, residual, channels_last = case
@@ -127,6 +131,7 @@ def test_only_the_gradients_asked_for_are_allocated(case):
         assert full == [1] * maps
 
 
+@pytest.mark.cpu_only
 def test_in_place_allocates_nothing_of_the_maps_size(case):
     x, weights, residual, channels_last = case
     scale = torch.rand(SHAPE[:2])
@@ -142,6 +147,7 @@ def test_in_place_allocates_nothing_of_the_maps_size(case):
                 assert small <= small_bytes(x, channels_last)
 
 
+@pytest.mark.cpu_only
 def test_the_parts_allocate_their_results(case):
     x, _, residual, channels_last = case
     scale = torch.rand(SHAPE[:2], requires_grad=True)
@@ -161,6 +167,7 @@ def test_the_parts_allocate_their_results(case):
     assert small <= small_bytes(x, channels_last)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("mode", ["inference", "in place", "step"])
 def test_scratch_that_a_thread_keeps_is_small(case, mode):
     """On its first call a thread's buffer (csrc/cpu/scratch.h) grows, which warmed-up counts don't see."""
@@ -184,6 +191,7 @@ def test_scratch_that_a_thread_keeps_is_small(case, mode):
     assert sum(small) <= 2 * 2**16 + 2 * small_bytes(x, channels_last)
 
 
+@pytest.mark.cpu_only
 def test_wide_channels_last_needs_no_map_of_partial_sums():
     """A tile of 8192 channels is one pixel: its row of sums is as long as the tile itself."""
     x = make_map((1, 8192, 16, 16), channels_last=True)

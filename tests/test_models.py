@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision_shim  # noqa: F401
+from conftest import package
 from torch import nn
-
-# isort: split
-import timm
 
 from se_ext import models
 
 NAMES = [name for name in models.__all__ if name != "SEResNet"]
 COMPARED = ["seresnet18", "seresnet50", "seresnext50_32x4d"]
+
+
+def timm() -> Any:
+    package("torchvision_shim")  # timm imports torchvision
+    return package("timm")
 
 
 def build(name: str, **options: Any) -> models.SEResNet:
@@ -34,8 +36,9 @@ def randomize(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_dict_and_parameters_are_timm_s(name):
+    library = timm()
     with torch.device("meta"):
-        ours, theirs = build(name), timm.create_model(name)
+        ours, theirs = build(name), library.create_model(name)
     shapes = [{key: tuple(value.shape) for key, value in net.state_dict().items()} for net in (ours, theirs)]
     assert shapes[0] == shapes[1]
     counts = [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)]
@@ -45,7 +48,7 @@ def test_state_dict_and_parameters_are_timm_s(name):
 @pytest.mark.parametrize("name", COMPARED)
 @pytest.mark.parametrize("to_timm", [False, True], ids=["timm's weights here", "ours in timm"])
 def test_logits_and_a_training_step_are_timm_s(name, to_timm):
-    ours, theirs = build(name, num_classes=10).double(), timm.create_model(name, num_classes=10).double()
+    ours, theirs = build(name, num_classes=10).double(), timm().create_model(name, num_classes=10).double()
     source, target = (ours, theirs) if to_timm else (theirs, ours)
     randomize(source)
     target.load_state_dict(source.state_dict())
@@ -91,7 +94,7 @@ def test_parameters_are_those_of_the_paper():
 def test_stochastic_depth_is_timm_s():
     """The same rates per block, the same samples dropped, from the same random numbers."""
     options = {"num_classes": 10, "drop_path_rate": 0.8}
-    ours, theirs = build("seresnet18", **options).double(), timm.create_model("seresnet18", **options).double()
+    ours, theirs = build("seresnet18", **options).double(), timm().create_model("seresnet18", **options).double()
     randomize(theirs)
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(6, 3, 64, 64, dtype=torch.float64)

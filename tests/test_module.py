@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ACTIVATIONS, GATES, assert_close, make_map
+from conftest import ACTIVATIONS, GATES, assert_close, make_map, package
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torchvision_shim import torchvision
 
 from se_ext import SqueezeExcitation, reference
 from se_ext._names import ACTIVATIONS as ACTIVATION_MODULES
@@ -51,20 +50,23 @@ def test_state_dict() -> None:
     assert {k: tuple(v.shape) for k, v in without.items()} == {k: v for k, v in KEYS.items() if "weight" in k}
 
 
-def timm_module(**kwargs: Any) -> nn.Module:
-    from timm.layers import SEModule
+def torchvision() -> Any:
+    return package("torchvision_shim").torchvision
 
-    return SEModule(C, rd_channels=M, **kwargs)
+
+def timm_module(**kwargs: Any) -> nn.Module:
+    torchvision()  # timm imports it
+    return package("timm.layers").SEModule(C, rd_channels=M, **kwargs)
 
 
 THEIRS = {
-    "torchvision": lambda: (torchvision.ops.SqueezeExcitation(C, M), {}),
+    "torchvision": lambda: (torchvision().ops.SqueezeExcitation(C, M), {}),
     "torchvision mobilenet": lambda: (
-        torchvision.ops.SqueezeExcitation(C, M, scale_activation=nn.Hardsigmoid),
+        torchvision().ops.SqueezeExcitation(C, M, scale_activation=nn.Hardsigmoid),
         {"scale_activation": nn.Hardsigmoid},
     ),
     "torchvision efficientnet": lambda: (
-        torchvision.ops.SqueezeExcitation(C, M, activation=partial(nn.SiLU, inplace=True)),
+        torchvision().ops.SqueezeExcitation(C, M, activation=partial(nn.SiLU, inplace=True)),
         {"activation": partial(nn.SiLU, inplace=True)},
     ),
     "timm": lambda: (timm_module(), {}),
@@ -109,7 +111,7 @@ def test_their_checkpoint_gives_their_outputs_and_gradients(library: str, channe
 
 def test_initialisation_is_torchvisions() -> None:
     torch.manual_seed(7)
-    theirs = torchvision.ops.SqueezeExcitation(C, M)
+    theirs = torchvision().ops.SqueezeExcitation(C, M)
     torch.manual_seed(7)
     ours = SqueezeExcitation(C, M)
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
@@ -119,13 +121,13 @@ def test_initialisation_is_torchvisions() -> None:
 def test_a_swapped_block_leaves_a_real_networks_output(restore_threads: None) -> None:
     torch.set_num_threads(1)  # a hundred small layers: on a busy machine their threads wait for one another
     torch.manual_seed(3)
-    net = torchvision.models.mobilenet_v3_small().double().eval()
+    net = torchvision().models.mobilenet_v3_small().double().eval()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     expected = net(x)
     swapped = 0
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, torchvision.ops.SqueezeExcitation):
+            if isinstance(child, torchvision().ops.SqueezeExcitation):
                 args = (child.fc1.in_channels, child.fc1.out_channels)
                 ours = SqueezeExcitation(*args, type(child.activation), type(child.scale_activation)).double()
                 ours.load_state_dict(child.state_dict())

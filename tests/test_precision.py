@@ -54,6 +54,7 @@ def test_gradient_whose_sum_overflows_float16(channels_last):
     assert_close(grad, exact_grad, torch.float16, 4096)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("points", [10**6, 2**25])
 def test_long_sums(points, channels_last):
@@ -69,7 +70,7 @@ def test_long_sums(points, channels_last):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("spatial", [(7, 7), (56, 56), (224, 224)], ids=str)
+@pytest.mark.parametrize("spatial", [(7, 7), (56, 56), pytest.param((224, 224), marks=pytest.mark.large)], ids=str)
 def test_mean_far_from_zero(spatial, channels_last):
     """Mean 10⁴, deviation 1: the mean is right to float32, not only to a part of the deviation."""
     x = (torch.randn(2, 37, *spatial) + 1e4).contiguous(memory_format=memory_format(4, channels_last))
@@ -103,6 +104,7 @@ def test_every_half_comes_through_unchanged(dtype, row, channels_last):
     assert torch.equal(as_bits(y)[~y.isnan()], as_bits(x)[~x.isnan()])
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("row", [15, 16, 128], ids=lambda n: f"rows of {n}")
 def test_results_are_rounded_like_torch_rounds(dtype, row):

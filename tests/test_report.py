@@ -16,6 +16,8 @@ import torch
 import se_ext
 from se_ext import _C, _build, _loader
 
+pytestmark = pytest.mark.cpu_only
+
 
 def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SE_EXT_CPU_ISA")} | environment

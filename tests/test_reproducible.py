@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ACTIVATIONS, DTYPES, GATES, make_map, make_weights
+from conftest import ACTIVATIONS, DTYPES, GATES, make_map, make_weights, thread_counts
 
 import se_ext
 from se_ext import _C
 
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-THREADS = [1, 2, 3, 4]
+THREADS = (1, 2, 3, 4)
 # Where threads share samples, share one sample, or split an odd batch; most hold a megabyte and more in float32.
 SHAPES = [
     (1, 128, 56, 56),
@@ -59,7 +59,7 @@ def test_same_bits_for_any_number_of_threads(dtype, channels_last, shape, restor
     for function, r, post in ((block, residual, "relu"), (block, None, "silu"), (parts, residual, "relu")):
         torch.set_num_threads(1)
         expected = function(x, weights, r, post, grad)
-        for threads in THREADS:
+        for threads in thread_counts(*THREADS):
             torch.set_num_threads(threads)
             for run in range(2):
                 actual = function(x, weights, r, post, grad)
@@ -76,7 +76,7 @@ def test_same_bits_in_place(channels_last, restore_threads):
         expected = se_ext.squeeze_excite(x, *weights, post_activation="gelu")
         recorded = se_ext.squeeze_excite(x.clone().requires_grad_(), *weights, post_activation="gelu")
         assert_same_bits([recorded], [expected], "recorded")
-        for threads in THREADS:
+        for threads in thread_counts(*THREADS):
             torch.set_num_threads(threads)
             y = se_ext.squeeze_excite(x.clone(), *weights, post_activation="gelu", inplace=True)
             assert_same_bits([y], [expected], f"in place, {threads} threads")
@@ -102,7 +102,7 @@ def test_a_sample_does_not_feel_its_batch(dtype, channels_last, spatial, hidden,
 
     torch.set_num_threads(1)
     alone = [run(n, n + 1) for n in range(9)]
-    for threads in (1, 2, 4):
+    for threads in thread_counts(1, 2, 4):
         torch.set_num_threads(threads)
         for size in range(1, 10):
             first = 9 - size if size % 2 else 0
@@ -126,7 +126,7 @@ def test_excite_does_not_feel_its_batch(dtype, c, restore_threads):
         for gate in GATES if c < 768 else [GATES[i % len(GATES)]]:
             torch.set_num_threads(1)
             alone = torch.cat([se_ext.excite(z[n : n + 1], *weights, activation, gate) for n in range(9)])
-            for threads in (1, 3):
+            for threads in thread_counts(1, 3):
                 torch.set_num_threads(threads)
                 for size in range(1, 10):
                     s = se_ext.excite(z[9 - size :], *weights, activation, gate)
@@ -138,6 +138,7 @@ def test_excite_does_not_feel_its_batch(dtype, c, restore_threads):
 LAST_CACHE = _C.cache_bytes(3)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.skipif(LAST_CACHE > 2**27, reason=f"the last cache has {LAST_CACHE >> 20} MB; larger maps take too long")
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -312,6 +312,7 @@ def test_sliced_input_gives_the_format_it_came_from():
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_more_elements_than_32_bits_count(channels_last):
     """2³¹ + 66 elements, 4.3 GB: the last ones lie beyond what a 32-bit offset reaches."""

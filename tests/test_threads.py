@@ -15,6 +15,8 @@ from conftest import assert_close, make_map, make_weights, one_thread, to_float6
 import se_ext
 from se_ext import reference
 
+pytestmark = pytest.mark.cpu_only
+
 TESTS = Path(__file__).parent
 SHAPE = (8, 64, 56, 56)
 

@@ -5,7 +5,7 @@ import torch
 
 _library = torch.library.Library("torchvision", "DEF")  # the operators live as long as it does
 for _name in ("nms", "qnms"):
-    if not torch._C._dispatch_has_kernel(f"torchvision::{_name}"):
+    if torch.version.cuda is None and not torch._C._dispatch_has_kernel(f"torchvision::{_name}"):
         _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import torchvision  # noqa: E402

@@ -1,0 +1,104 @@
+"""Every op on every path of the CUDA kernels, once: what `make gpu-check` runs under compute-sanitizer.
+
+Inputs are drawn on the CPU and results compared there, so that little but our kernels runs on the GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+import se_ext
+from se_ext import _C
+
+DTYPES = (torch.float32, torch.bfloat16)
+PATHS = ("auto", "cluster", "chunked", "whole")
+SHAPES = [(3, 19, 5, 7), (2, 40, 8, 8), (1, 131, 33)]
+HIDDEN = 5
+Case = tuple[str, tuple[int, ...], torch.dtype, bool]
+
+
+def cases() -> Iterator[Case]:
+    """(path, shape, dtype, channels_last): every path with every layout, dtypes and shapes in turn."""
+    turn = 0
+    for path in PATHS:
+        for channels_last in (False, True):
+            for dtype in DTYPES:
+                yield path, SHAPES[turn % len(SHAPES)], dtype, channels_last
+                turn += 1
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> dict[str, Tensor]:
+    c = shape[1]
+
+    def of_layout() -> Tensor:
+        t = torch.randn(shape).to(dtype)
+        if not channels_last:
+            return t
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    sizes = {"w1": (HIDDEN, c), "b1": (HIDDEN,), "w2": (c, HIDDEN), "b2": (c,), "bn_weight": (c,), "bn_bias": (c,)}
+    return {
+        **{name: of_layout() for name in ("x", "residual", "grad")},
+        **{name: (torch.randn(size) / c**0.5).to(dtype) for name, size in sizes.items()},
+    }
+
+
+def run(given: dict[str, Tensor]) -> list[Tensor]:
+    """The results and gradients of every op, on the device that the tensors are on."""
+    names = ("x", "w1", "b1", "w2", "b2", "residual")
+    x, *weights, residual = leaves = [given[name].detach().requires_grad_() for name in names]
+    results: list[Tensor] = []
+    # silu throughout: a slope that jumps could fall either way between two devices.
+    y = se_ext.squeeze_excite(x, *weights, "silu", "sigmoid", residual, "silu")
+    results += [y, *torch.autograd.grad(y, leaves, given["grad"])]
+    s = se_ext.excite(se_ext.squeeze(x), *weights, "silu")
+    y = se_ext.rescale(x, s, residual, "silu")
+    results += [s, y, *torch.autograd.grad(y, leaves, given["grad"])]
+    vectors = [given[name].detach().requires_grad_() for name in ("bn_weight", "bn_bias")]
+    mean, var = torch.zeros_like(given["b2"]), torch.zeros_like(given["b2"])
+    for training in (True, False):
+        y = se_ext.bn_squeeze_excite(
+            *(x, *vectors, mean, var, *weights, training),
+            momentum=1.0,
+            pre_activation="silu",
+            activation="silu",
+            residual=residual,
+            post_activation="silu",
+        )
+        results += [y, *torch.autograd.grad(y, [*leaves, *vectors], given["grad"])]
+    results += [mean, var]
+    with torch.no_grad():
+        target = given["x"].clone()
+        results.append(se_ext.squeeze_excite(target, *weights, residual=given["residual"], inplace=True))
+        results.append(torch.ops.se_ext.rescale_(target, s.detach(), given["residual"], "silu"))
+        results.append(se_ext.squeeze_excite(given["x"][:, :, 1:], *weights))  # strides that need a copy
+    return [t.detach() for t in results]
+
+
+def main() -> int:
+    torch.manual_seed(1)
+    checked = 0
+    for path, shape, dtype, channels_last in cases():
+        given = draw(shape, dtype, channels_last)
+        expected = run(given)
+        _C.set_cuda_path(path)
+        found = [t.cpu() for t in run({name: t.cuda() for name, t in given.items()})]
+        for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            allowed = 64 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * (dtype != torch.float64))
+            error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
+            assert error <= allowed, f"{path} {shape} {dtype} channels_last={channels_last}: result {i} off by {error}"
+            checked += 1
+    _C.set_cuda_path("auto")
+    print(f"checked {checked} results of {len(list(cases()))} cases")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
