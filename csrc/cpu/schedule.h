@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tiling.h"
 #include "isa.h"
 #include "parallel.h"
+#include "tiling.h"
 
 namespace se_ext::cpu {
 
