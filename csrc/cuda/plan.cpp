@@ -21,6 +21,7 @@ int cluster_of(const Work& w, const Device& d) {
   const Tiling tiling = Tiling::of(w.slab, w.dtype);
   const std::int64_t shares =
       w.slab.layout == Layout::ChannelsFirst ? divide_up(w.slab.channels, full_access(w.dtype)) : tiling.tiles;
+  if (w.samples > INT32_MAX / 8) return 0;  // a grid has no more blocks
   const int most = d.capability >= 90 ? static_cast<int>(std::min<std::int64_t>(8, shares)) : 1;
   const auto fits = [&](int cluster, int per_multiprocessor) {
     const std::int64_t bytes = block_shared_bytes(w.dtype, w.slab, w.hidden_channels, cluster);

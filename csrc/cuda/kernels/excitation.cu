@@ -141,9 +141,9 @@ cudaError_t layer_gradients(const Layer& l, const void* grad, const void* input,
   const std::int64_t items = l.rows * l.columns + l.rows;
   if (!grad_weight && !grad_bias) return cudaSuccess;
   return with_weight_type(l.type, [&]<class W, class A>() {
-    return launch(gradients_kernel<W, A>, divide_up(items, kThreads), kThreads, 0, stream, static_cast<const A*>(grad),
-                  static_cast<const A*>(input), samples, l.rows, l.columns, static_cast<W*>(grad_weight),
-                  static_cast<W*>(grad_bias), items);
+    return launch(gradients_kernel<W, A>, in_turns(divide_up(items, kThreads)), kThreads, 0, stream,
+                  static_cast<const A*>(grad), static_cast<const A*>(input), samples, l.rows, l.columns,
+                  static_cast<W*>(grad_weight), static_cast<W*>(grad_bias), items);
   });
 }
 

@@ -157,19 +157,19 @@ cudaError_t launch_sums(const Batch& batch, const Visitor& visitor, const Sums& 
   cudaError_t error;
   if (is_first) {
     error = with_access<T>(tiling.access, [&]<int n>() {
-      return launch(sum_rows<n, Visitor>, divide_up(work.items, kThreads / tiling.lanes), kThreads, 0, batch.stream,
-                    visitor, work, out, divisor);
+      return launch(sum_rows<n, Visitor>, in_turns(divide_up(work.items, kThreads / tiling.lanes)), kThreads, 0,
+                    batch.stream, visitor, work, out, divisor);
     });
   } else {
     const auto bands = [&]<int n>() {
-      return launch(sum_bands<n, Visitor>, work.items, kThreads, kThreads * n * sizeof(A), batch.stream, visitor, work,
-                    out, divisor);
+      return launch(sum_bands<n, Visitor>, in_turns(work.items), kThreads, kThreads * n * sizeof(A), batch.stream,
+                    visitor, work, out, divisor);
     };
     error = tiling.access == 1 ? bands.template operator()<1>() : bands.template operator()<kFull<T>>();
   }
   if (error != cudaSuccess || tiling.tiles == 1) return error;
   const std::int64_t columns = kParts * channels;
-  return launch(finish_sums<A>, divide_up(batch.samples * columns, kThreads), kThreads, 0, batch.stream,
+  return launch(finish_sums<A>, in_turns(divide_up(batch.samples * columns, kThreads)), kThreads, 0, batch.stream,
                 static_cast<const A*>(sums.partials) + batch.first * tiling.tiles * columns,
                 static_cast<A*>(sums.sums) + batch.first * columns, Divider(columns), tiling.tiles,
                 batch.samples * columns, static_cast<A>(sums.divisor));
@@ -187,7 +187,7 @@ cudaError_t launch_writes(const Batch& batch, const Visitor& visitor) {
       const std::int64_t chunks = divide_up(channels * points / kFull<T>, kExtent);
       const Work work{tiling,  channels,        points,         batch.first, batch.samples * chunks,
                       kExtent, Divider(chunks), Divider(points)};
-      return launch(write_linear<kFull<T>, Visitor>, work.items, kThreads, 0, batch.stream, visitor, work);
+      return launch(write_linear<kFull<T>, Visitor>, in_turns(work.items), kThreads, 0, batch.stream, visitor, work);
     }
     const Work work{tiling,
                     channels,
@@ -198,8 +198,8 @@ cudaError_t launch_writes(const Batch& batch, const Visitor& visitor) {
                     Divider(tiling.tiles),
                     Divider(channels)};
     return with_access<T>(tiling.access, [&]<int n>() {
-      return launch(write_rows<n, Visitor>, divide_up(work.items, kThreads / tiling.lanes), kThreads, 0, batch.stream,
-                    visitor, work);
+      return launch(write_rows<n, Visitor>, in_turns(divide_up(work.items, kThreads / tiling.lanes)), kThreads, 0,
+                    batch.stream, visitor, work);
     });
   }
   // Twice what a thread loads ahead.
@@ -214,7 +214,7 @@ cudaError_t launch_writes(const Batch& batch, const Visitor& visitor) {
                   Divider(tiles),
                   Divider(tiling.bands)};
   const auto bands = [&]<int n>() {
-    return launch(write_bands<n, Visitor>, work.items, kThreads, 0, batch.stream, visitor, work);
+    return launch(write_bands<n, Visitor>, in_turns(work.items), kThreads, 0, batch.stream, visitor, work);
   };
   return tiling.access == 1 ? bands.template operator()<1>() : bands.template operator()<kFull<T>>();
 }

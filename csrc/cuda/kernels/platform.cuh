@@ -26,9 +26,7 @@ SE_EXT_DEVICE char* dynamic_shared() {
 
 SE_EXT_DEVICE int cluster_size() {
 #if __CUDA_ARCH__ >= 900
-  std::uint32_t n;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
-  return static_cast<int>(n);
+  return static_cast<int>(__clusterSizeInBlocks());
 #else
   return 1;
 #endif
@@ -36,18 +34,17 @@ SE_EXT_DEVICE int cluster_size() {
 
 SE_EXT_DEVICE int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
-  std::uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
+  return static_cast<int>(__clusterRelativeBlockRank());
 #else
   return 0;
 #endif
 }
 
-// A barrier of all threads of the cluster, which sees all that they wrote to shared memory before it.
+// A barrier of all threads of the cluster, which see all that was written to shared memory before it.
 SE_EXT_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
 #else
   __syncthreads();
 #endif
@@ -57,9 +54,7 @@ SE_EXT_DEVICE void cluster_barrier() {
 template <class A>
 SE_EXT_DEVICE const A* shared_of_rank(const A* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
-  const A* there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
-  return there;
+  return static_cast<const A*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
 #else
   return shared;
 #endif
