@@ -139,6 +139,25 @@ def test_every_path_gives_the_same_bits(shape: tuple[int, ...], dtype: torch.dty
 
 
 @pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("half", "channels", "points", "samples", "hidden", "path"),
+    [
+        (False, 256, 56 * 56, 1, 16, "whole"),  # no cluster holds its slab, and one sample is one chunk
+        (False, 256, 56 * 56, 128, 16, "whole"),  # launches take as long as reading a chunk again
+        (True, 256, 56 * 56, 128, 16, "cluster"),
+        (False, 512, 28 * 28, 1, 32, "cluster"),
+        (False, 512, 28 * 28, 256, 32, "cluster"),
+        (False, 2048, 7 * 7, 1, 128, "cluster"),
+        (False, 2048, 7 * 7, 512, 128, "whole"),  # the weights outweigh the slab
+    ],
+)
+def test_the_path_on_an_h200(
+    half: bool, channels: int, points: int, samples: int, hidden: int, path: str, last: bool
+) -> None:
+    assert ("cluster", "chunked", "whole")[host().cuda_host_plan(half, last, channels, points, samples, hidden)] == path
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("samples", [1, 20, 140])
 def test_clusters_are_as_large_as_the_batch_is_small(samples: int, last: bool) -> None:
     """On 132 multiprocessors; and no other path has any."""
@@ -235,6 +254,24 @@ def test_every_half_value_is_read_and_written_as_torch_does(dtype: torch.dtype) 
         expected = (x.float() * scale).to(dtype)
         assert torch.equal(y.isnan(), expected.isnan())
         assert_same_bits([y.masked_fill(y.isnan(), 0)], [expected.masked_fill(y.isnan(), 0)], f"times {scale}")
+
+
+# An RTX 4090: as much L2 as an H200, a fifth of its bandwidth.
+CHUNKED = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest, test_cuda_host
+host = test_cuda_host.host()
+attributes = {{75: 8, 76: 9, 97: 101376, 81: 102400, 16: 128, 38: 72 << 20, 36: 10501000, 37: 384}}
+for attribute, value in attributes.items():
+    host.cuda_host_set_attribute(attribute, value)
+print(*(host.cuda_host_plan(False, last, 256, 56 * 56, n, 16) for last in (False, True) for n in (1, 4, 128)))
+"""
+
+
+def test_chunks_where_memory_is_slow_and_the_cache_large() -> None:
+    done = subprocess.run([sys.executable, "-c", CHUNKED], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout.split() == ["2", "2", "1"] * 2, done.stderr[-4000:]
 
 
 # Before sm_90 there are no clusters, and before sm_80 a block has 64 KB. A device is asked for what it is once, so
