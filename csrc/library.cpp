@@ -1,4 +1,4 @@
-// Every op of se_ext, on one screen. Kernels: cpu/ · fake kernels: meta.cpp · autograd: autograd.cpp · autocast:
+// Every op of se_ext, on one screen. Kernels: cpu/, cuda/ · fake kernels: meta.cpp · autograd: autograd.cpp · autocast:
 // autocast.cpp · torch.func transforms and devices without kernels: composite.cpp.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>

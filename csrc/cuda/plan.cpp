@@ -18,9 +18,7 @@ std::atomic<int> forced{0};
 // The smallest cluster whose blocks fit twice on a multiprocessor, so that one loads while the other computes or
 // writes; failing that, once; failing that, 0. It is doubled while the whole batch leaves multiprocessors idle.
 int cluster_of(const Work& w, const Device& d) {
-  const Tiling tiling = Tiling::of(w.slab, w.dtype);
-  const std::int64_t shares =
-      w.slab.layout == Layout::ChannelsFirst ? divide_up(w.slab.channels, full_access(w.dtype)) : tiling.tiles;
+  const std::int64_t shares = divide_up(w.slab.channels, full_access(w.dtype));
   if (w.samples > INT32_MAX / 8) return 0;  // a grid has no more blocks
   const int most = d.capability >= 90 ? static_cast<int>(std::min<std::int64_t>(8, shares)) : 1;
   const auto fits = [&](int cluster, int per_multiprocessor) {

@@ -65,9 +65,9 @@ struct Tiling {
     return t;
   }
 
-  // Bands of equal width of up to a warp's 512 bytes. Eight tiles where each thread has a point and more of one, so
-  // that a cluster of eight blocks, or a small batch, has them to share; more where a thread would walk over 16; up to
-  // 256, which are summed one after the other.
+  // Bands of equal width of up to a warp's 512 bytes. Up to eight tiles where each thread has two points and more of
+  // one, so that a small batch has work for the whole device; more where a thread would walk over 16; up to 256, which
+  // are summed one after the other.
   static Tiling of_bands(const Slab& slab, DType type) {
     Tiling t{};
     const int full = full_access(type);
@@ -77,7 +77,7 @@ struct Tiling {
     t.width = columns > 0 ? static_cast<int>(divide_up(columns, t.bands)) : 1;
     t.rows = kThreads / t.width;
     t.tiles = 1;
-    while (t.tiles < 8 && slab.points >= 2 * t.tiles * t.rows) t.tiles *= 2;
+    while (t.tiles < 8 && slab.points >= 4 * t.tiles * t.rows) t.tiles *= 2;
     const std::int64_t of_eight = divide_up(slab.points, 8 * 16 * t.rows);
     if (of_eight > 1) t.tiles = 8 * std::min<std::int64_t>(32, of_eight);
     t.extent = slab.points > 0 ? divide_up(slab.points, t.tiles) : 1;

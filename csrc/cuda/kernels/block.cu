@@ -23,7 +23,7 @@ template <class A>
 struct BlockWork {
   Tiling tiling;
   std::int64_t channels, hidden_channels, points, first_sample;
-  std::int64_t unit;        // ChannelsFirst: blocks share out the channels in units of so many
+  std::int64_t unit;        // the blocks share out the channels in units of so many
   std::int64_t part_bytes;  // of the slab, per block
   Divider by_points;
   BlockLayer<A> first, second;
@@ -34,10 +34,10 @@ struct BlockWork {
 // Where things are in a block's shared memory; the same in every block of the cluster.
 template <class A>
 struct SharedPlan {
-  std::int64_t z, h, scale, partials, combine, bytes;
+  std::int64_t z, h, scale, combine, bytes;
 
   SE_EXT_HOST_DEVICE SharedPlan(std::int64_t part_bytes, std::int64_t channels, std::int64_t hidden_channels,
-                                std::int64_t tiles_of_block, int access) {
+                                std::int64_t combined) {
     std::int64_t next = part_bytes;
     const auto take = [&](std::int64_t items) {
       const std::int64_t at = next;
@@ -47,8 +47,7 @@ struct SharedPlan {
     z = take(channels);
     h = take(hidden_channels);
     scale = take(channels);
-    partials = take(tiles_of_block * channels);
-    combine = take(tiles_of_block > 0 ? kThreads * access : 0);
+    combine = take(combined);
     bytes = next;
   }
 };
@@ -74,6 +73,29 @@ SE_EXT_DEVICE T* fetch(const T* from, std::int64_t count, char* shared) {
   }
   for (std::int64_t i = threadIdx.x; i < head; i += kThreads) to[i] = from[i];
   for (std::int64_t i = head + accesses * kFull<T> + threadIdx.x; i < count; i += kThreads) to[i] = from[i];
+  return to;
+}
+
+// The same for `points` rows of `width` values that lie `pitch` apart, to one after the other.
+template <int n, class T>
+SE_EXT_DEVICE T* fetch_rows(const T* from, std::int64_t points, std::int64_t width, std::int64_t pitch, char* shared) {
+  T* to = reinterpret_cast<T*>(shared);
+  const std::int64_t per_row = width / n;  // the rows start at multiples of n values
+  const std::int64_t rows_ahead = kThreads / per_row, columns_ahead = kThreads - rows_ahead * per_row;
+  std::int64_t row = threadIdx.x / per_row, column = threadIdx.x - row * per_row;
+  while (row < points) {
+    if constexpr (n == 1) {
+      to[row * width + column] = from[row * pitch + column];
+    } else {
+      copy16(to + row * width + column * n, from + row * pitch + column * n);
+    }
+    row += rows_ahead;
+    column += columns_ahead;
+    if (column >= per_row) {
+      column -= per_row;
+      ++row;
+    }
+  }
   return to;
 }
 
@@ -133,31 +155,43 @@ __global__ void __launch_bounds__(kThreads, 1)
     block_kernel(Squeeze squeeze, Rescale rescale, BlockWork<acc_t<typename Squeeze::value_type>> w) {
   using T = typename Squeeze::value_type;
   using A = acc_t<T>;
-  constexpr bool kFirst = writing != Writing::Bands;
   const int rank = cluster_rank(), ranks = cluster_size(), thread = static_cast<int>(threadIdx.x);
   const std::int64_t C = w.channels, M = w.hidden_channels, P = w.points, tiles = w.tiling.tiles;
   const std::int64_t sample = w.first_sample + blockIdx.x / static_cast<unsigned>(ranks);
-  const Share mine = kFirst ? Share(C, w.unit, rank, ranks) : Share(tiles, 1, rank, ranks);
-  const std::int64_t last_point = mine.end * w.tiling.extent < P ? mine.end * w.tiling.extent : P;
-  const std::int64_t begin = kFirst ? mine.begin * P : mine.begin * w.tiling.extent * C;
-  const std::int64_t end = kFirst ? mine.end * P : last_point * C;
+  const Share mine(C, w.unit, rank, ranks);
+  const std::int64_t width = mine.end - mine.begin;
 
   char* shared = dynamic_shared();
-  const SharedPlan<A> at(w.part_bytes, C, M, kFirst ? 0 : (tiles + ranks - 1) / ranks, n);
+  const SharedPlan<A> at(w.part_bytes, C, M, writing == Writing::Bands ? kThreads * n : 0);
   A* z = reinterpret_cast<A*>(shared + at.z);
   A* h = reinterpret_cast<A*>(shared + at.h);
   A* scale = reinterpret_cast<A*>(shared + at.scale);
-  A* partials = reinterpret_cast<A*>(shared + at.partials);
 
-  // The visitors go on counting from the start of the batch.
-  const std::int64_t offset = sample * C * P + begin;
-  squeeze.x = fetch(squeeze.x + offset, end - begin, shared) - offset;
+  if constexpr (writing == Writing::Bands) {
+    squeeze.x = fetch_rows<n>(squeeze.x + sample * C * P + mine.begin, P, width, C, shared);
+  } else {
+    // The visitors go on counting from the start of the batch.
+    const std::int64_t offset = (sample * C + mine.begin) * P;
+    squeeze.x = fetch(squeeze.x + offset, width * P, shared) - offset;
+  }
   rescale.x = squeeze.x;
   rescale.scale = scale - sample * C;
+  const auto x_of_band = [=](std::int64_t point, std::int64_t channel) { return point * width + channel - mine.begin; };
   copies_wait();
   __syncthreads();
 
-  if constexpr (kFirst) {
+  if constexpr (writing == Writing::Bands) {
+    for (std::int64_t first = mine.begin; first < mine.end; first += w.tiling.width * n) {
+      for (std::int64_t t = 0; t < tiles; ++t) {
+        // As sum_tiles: a channel is always the same thread's.
+        sum_band<n>(squeeze, sample, first, mine.end, t, w.tiling, P, reinterpret_cast<A*>(shared + at.combine),
+                    x_of_band, [&](int, std::int64_t c, A sum) {
+                      const A total = t == 0 ? sum : z[c] + sum;
+                      z[c] = t == tiles - 1 ? total / static_cast<A>(P) : total;
+                    });
+      }
+    }
+  } else {
     for (std::int64_t start = mine.begin; start < mine.end; start += kThreads / w.tiling.lanes) {
       const std::int64_t c = start + thread / w.tiling.lanes;
       const std::int64_t channel = c < mine.end ? c : mine.end - 1;
@@ -166,26 +200,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       });
       if (c < mine.end && (thread & (w.tiling.lanes - 1)) == 0) z[channel] = sum / static_cast<A>(P);
     }
-    cluster_barrier();
-    gather(z, C, w.unit, rank, ranks);
-  } else {
-    for (std::int64_t t = mine.begin; t < mine.end; ++t) {
-      for (std::int64_t band = 0; band < w.tiling.bands; ++band) {
-        sum_band<n>(squeeze, sample, band, t, w.tiling, C, P, reinterpret_cast<A*>(shared + at.combine),
-                    [&](int, std::int64_t channel, A sum) { partials[(t - mine.begin) * C + channel] = sum; });
-      }
-    }
-    cluster_barrier();
-    for (std::int64_t c = thread; c < C; c += kThreads) {
-      int r = 0;
-      Share there(tiles, 1, 0, ranks);
-      const A sum = sum_tiles<A>(tiles, [&](std::int64_t t) {
-        while (t >= there.end) there = Share(tiles, 1, ++r, ranks);
-        return shared_of_rank(partials, r)[(t - there.begin) * C + c];
-      });
-      z[c] = sum / static_cast<A>(P);
-    }
   }
+  cluster_barrier();
+  gather(z, C, w.unit, rank, ranks);
   __syncthreads();
 
   layer<T>(w.first, w.weights_are_wide, z, C, Share(M, 1, rank, ranks), [&](std::int64_t row, A before, A after) {
@@ -193,28 +210,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (w.hidden) w.hidden[sample * M + row] = before;
   });
   if (w.z) {
-    const Share of_z(C, w.unit, rank, ranks);
-    for (std::int64_t c = of_z.begin + thread; c < of_z.end; c += kThreads) w.z[sample * C + c] = z[c];
+    for (std::int64_t c = mine.begin + thread; c < mine.end; c += kThreads) w.z[sample * C + c] = z[c];
   }
   cluster_barrier();
   gather(h, M, 1, rank, ranks);
-  if constexpr (kFirst) {
-    cluster_barrier();  // nobody reads another block's memory from here on
-  } else {
-    __syncthreads();
-  }
-  const Share of_scale(C, w.unit, rank, ranks);
-  layer<T>(w.second, w.weights_are_wide, h, M, of_scale, [&](std::int64_t row, A, A after) {
+  cluster_barrier();  // nobody reads another block's memory from here on
+  layer<T>(w.second, w.weights_are_wide, h, M, mine, [&](std::int64_t row, A, A after) {
     scale[row] = after;
     if (w.scale) w.scale[sample * C + row] = after;
   });
-  if constexpr (kFirst) {
-    __syncthreads();
-  } else {
-    cluster_barrier();
-    gather(scale, C, w.unit, rank, ranks);
-    cluster_barrier();
-  }
+  __syncthreads();
 
   if constexpr (writing == Writing::Rows) {
     const int lanes = w.tiling.lanes;
@@ -222,39 +227,33 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (std::int64_t t = 0; t < tiles; ++t) write_row<n>(rescale, sample, c, sample * C + c, t, w.tiling, P / n);
     }
   } else if constexpr (writing == Writing::AcrossRows) {
-    write_across_rows<kFull<T>>(rescale, sample, begin / kFull<T>, end / kFull<T>, thread, kThreads, C, w.by_points);
+    constexpr int kAccess = kFull<T>;
+    write_across_rows<kAccess>(rescale, sample, mine.begin * P / kAccess, mine.end * P / kAccess, thread, kThreads, C,
+                               w.by_points);
   } else {
-    for (std::int64_t band = 0; band < w.tiling.bands; ++band) {
-      write_band<n>(rescale, sample, band, mine.begin * w.tiling.extent, last_point, w.tiling, C, P);
+    for (std::int64_t first = mine.begin; first < mine.end; first += w.tiling.width * n) {
+      write_band<n>(rescale, sample, first, mine.end, 0, P, w.tiling, C, P, x_of_band);
     }
   }
 }
 
-// How many of the channels, or none: units whose slabs begin at a multiple of 16 bytes.
+// Channels whose values begin at a multiple of 16 bytes, where there are such.
 std::int64_t unit_of(const Slab& slab, DType type) {
   const int full = full_access(type);
-  return slab.layout == Layout::ChannelsFirst && slab.channels % full == 0 ? full : 1;
+  return slab.channels % full == 0 ? full : 1;
 }
 
 std::int64_t part_bytes_of(DType type, const Slab& slab, int cluster) {
-  const Tiling tiling = Tiling::of(slab, type);
-  std::int64_t items;
-  if (slab.layout == Layout::ChannelsFirst) {
-    const std::int64_t unit = unit_of(slab, type);
-    // Units shared out evenly, and in the last block the channels that make no whole unit.
-    items = (divide_up(slab.channels / unit, cluster) * unit + slab.channels % unit) * slab.points;
-  } else {
-    items = divide_up(tiling.tiles, cluster) * tiling.extent * slab.channels;
-  }
+  const std::int64_t unit = unit_of(slab, type);
+  const std::int64_t items = divide_up(slab.channels / unit, cluster) * unit * slab.points;
   return divide_up(items * size_of(type) + 15, 16) * 16;  // from any offset
 }
 
 template <class A>
 SharedPlan<A> shared_plan(DType type, const Slab& slab, std::int64_t hidden_channels, int cluster) {
-  const Tiling tiling = Tiling::of(slab, type);
-  const bool is_first = slab.layout == Layout::ChannelsFirst;
+  const bool in_bands = slab.layout == Layout::ChannelsLast;
   return {part_bytes_of(type, slab, cluster), slab.channels, hidden_channels,
-          is_first ? 0 : divide_up(tiling.tiles, cluster), tiling.access};
+          in_bands ? kThreads * Tiling::of(slab, type).access : 0};
 }
 
 template <Writing writing, int n, class Squeeze, class Rescale>

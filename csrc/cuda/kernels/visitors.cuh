@@ -20,8 +20,8 @@ struct SumInput {
     return {};
   }
   template <int n>
-  SE_EXT_DEVICE Raw<T, n> load(std::int64_t i) const {
-    return load_raw<n>(x + i);
+  SE_EXT_DEVICE Raw<T, n> load(std::int64_t, std::int64_t x_at) const {
+    return load_raw<n>(x + x_at);
   }
   template <int n>
   SE_EXT_DEVICE void add(const Raw<T, n>& raw, Nothing, Lanes<A, n>* sums) const {
@@ -105,9 +105,9 @@ struct WriteRescale {
     return per_channel<n>(scale, sample * channels, c);
   }
   template <int n>
-  SE_EXT_DEVICE Loaded<n> load(std::int64_t i) const {
+  SE_EXT_DEVICE Loaded<n> load(std::int64_t i, std::int64_t x_at) const {
     Loaded<n> raw;
-    raw.x = load_raw<n>(x + i);
+    raw.x = load_raw<n>(x + x_at);
     if (residual) raw.residual = load_raw<n>(residual + i);
     return raw;
   }
@@ -183,10 +183,10 @@ struct Gradient {
     Raw<T, n> grad, x, saved;
   };
   template <int n>
-  SE_EXT_DEVICE Loaded<n> load(std::int64_t i) const {
+  SE_EXT_DEVICE Loaded<n> load(std::int64_t i, std::int64_t x_at) const {
     Loaded<n> raw;
     raw.grad = load_raw<n>(grad + i);
-    raw.x = load_raw<n>(x + i);
+    raw.x = load_raw<n>(x + x_at);
     if constexpr (!Post::kIdentity) {
       if (saved) raw.saved = load_raw<n>(saved + i);
     }

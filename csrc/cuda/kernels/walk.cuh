@@ -7,7 +7,8 @@
 //   V::kParts                              sums per channel
 //   V::kAhead                              accesses loaded ahead: some 64 to 128 bytes per thread keep memory busy
 //   prepare<n>(sample, channels)           what an access of n values needs of its channels: a struct of Lanes
-//   load<n>(i)                             the raw values at index i of the map
+//   load<n>(i, x_at)                       the raw values at index i of the maps; x's at x_at, which is i but where x
+//                                          lies in shared memory
 //   add<n>(raw, prepared, sums)            sums[part] += …, lane by lane
 //   write<n>(i, raw, prepared)             the results of the access
 #pragma once
@@ -63,16 +64,19 @@ struct Accumulators {
   }
 };
 
-// Adds the accesses at first, first + step, … below end, in this order; index(i) is where access i lies.
+// Adds the accesses at first, first + step, … below end, in this order; index(i) is where x's access i lies.
 template <int n, class Visitor, class Prepared, class Index>
 SE_EXT_DEVICE void add_all(const Visitor& visitor, const Prepared& prepared, std::int64_t first, std::int64_t end,
                            std::int64_t step, const Index& index, Accumulators<Visitor, n>& sums) {
-  using Raw = decltype(visitor.template load<n>(0));
+  using Raw = decltype(visitor.template load<n>(0, 0));
   for (std::int64_t i = first; i < end; i += Visitor::kAhead * step) {
     Raw raw[Visitor::kAhead];
     SE_EXT_UNROLL
     for (int k = 0; k < Visitor::kAhead; ++k) {
-      if (i + k * step < end) raw[k] = visitor.template load<n>(index(i + k * step));
+      if (i + k * step < end) {
+        const std::int64_t at = index(i + k * step);
+        raw[k] = visitor.template load<n>(at, at);
+      }
     }
     SE_EXT_UNROLL
     for (int k = 0; k < Visitor::kAhead; ++k) {
@@ -110,25 +114,24 @@ SE_EXT_DEVICE Accumulators<Visitor, 1> sum_row(const Visitor& visitor, std::int6
   return sums;
 }
 
-// A tile of a band, summed by the block: put(part, channel, sum) is called once per part and channel. `shared` has room
-// for a value per thread and value of an access. Starts and ends with all threads of the block together.
-template <int n, class Visitor, class Put>
-SE_EXT_DEVICE void sum_band(const Visitor& visitor, std::int64_t sample, std::int64_t band, std::int64_t tile,
-                            const Tiling& tiling, std::int64_t channels, std::int64_t points,
-                            acc_t<typename Visitor::value_type>* shared, const Put& put) {
+// A tile of up to `width` accesses side by side, from `first_channel` on, summed by the block: put(part, channel, sum)
+// is called once per part and channel, for a channel always by the same thread; index(point, channel) is where x's
+// access lies. `shared` has room for a value per thread and value of an access. Starts and ends with all threads of the
+// block together.
+template <int n, class Visitor, class Index, class Put>
+SE_EXT_DEVICE void sum_band(const Visitor& visitor, std::int64_t sample, std::int64_t first_channel,
+                            std::int64_t end_channel, std::int64_t tile, const Tiling& tiling, std::int64_t points,
+                            acc_t<typename Visitor::value_type>* shared, const Index& index, const Put& put) {
   using A = acc_t<typename Visitor::value_type>;
   const int thread = static_cast<int>(threadIdx.x);
   const int row = thread / tiling.width, column = thread - row * tiling.width;
-  const std::int64_t first_channel = (band * tiling.width + column) * n;
+  const std::int64_t mine = first_channel + column * n;
   const std::int64_t begin = tile * tiling.extent;
   const std::int64_t end = begin + tiling.extent < points ? begin + tiling.extent : points;
   Accumulators<Visitor, n> sums;
-  if (row < tiling.rows && first_channel < channels) {
-    const auto prepared = visitor.template prepare<n>(sample, Consecutive{first_channel});
-    const std::int64_t base = sample * points;
-    add_all<n>(
-        visitor, prepared, begin + row, end, tiling.rows,
-        [=](std::int64_t p) { return (base + p) * channels + first_channel; }, sums);
+  if (row < tiling.rows && mine < end_channel) {
+    const auto prepared = visitor.template prepare<n>(sample, Consecutive{mine});
+    add_all<n>(visitor, prepared, begin + row, end, tiling.rows, [=](std::int64_t p) { return index(p, mine); }, sums);
   }
   const int wide = tiling.width * n;
   SE_EXT_UNROLL
@@ -138,8 +141,8 @@ SE_EXT_DEVICE void sum_band(const Visitor& visitor, std::int64_t sample, std::in
       for (int j = 0; j < n; ++j) shared[row * wide + column * n + j] = sums.part[k][j];
     }
     __syncthreads();
-    const std::int64_t channel = band * wide + thread;
-    if (thread < wide && channel < channels) {
+    const std::int64_t channel = first_channel + thread;
+    if (thread < wide && channel < end_channel) {
       A sum = shared[thread];
       for (int r = 1; r < tiling.rows; ++r) sum += shared[r * wide + thread];
       put(k, channel, sum);
@@ -150,15 +153,16 @@ SE_EXT_DEVICE void sum_band(const Visitor& visitor, std::int64_t sample, std::in
 
 // ---- writes ----
 
-template <int n, class Visitor, class Prepared, class Index>
+// index(i) is where access i of the maps lies, x_index(i) that of x.
+template <int n, class Visitor, class Prepared, class Index, class XIndex>
 SE_EXT_DEVICE void write_all(const Visitor& visitor, const Prepared& prepared, std::int64_t first, std::int64_t end,
-                             std::int64_t step, const Index& index) {
-  using Raw = decltype(visitor.template load<n>(0));
+                             std::int64_t step, const Index& index, const XIndex& x_index) {
+  using Raw = decltype(visitor.template load<n>(0, 0));
   for (std::int64_t i = first; i < end; i += Visitor::kAhead * step) {
     Raw raw[Visitor::kAhead];
     SE_EXT_UNROLL
     for (int k = 0; k < Visitor::kAhead; ++k) {
-      if (i + k * step < end) raw[k] = visitor.template load<n>(index(i + k * step));
+      if (i + k * step < end) raw[k] = visitor.template load<n>(index(i + k * step), x_index(i + k * step));
     }
     SE_EXT_UNROLL
     for (int k = 0; k < Visitor::kAhead; ++k) {
@@ -175,8 +179,9 @@ SE_EXT_DEVICE void write_row(const Visitor& visitor, std::int64_t sample, std::i
   const std::int64_t begin = tile * tiling.extent;
   const std::int64_t end = begin + tiling.extent < accesses ? begin + tiling.extent : accesses;
   const std::int64_t base = row * accesses;
-  write_all<n>(visitor, visitor.template prepare<n>(sample, Same{channel}), begin + lane, end, tiling.lanes,
-               [=](std::int64_t i) { return (base + i) * n; });
+  const auto index = [=](std::int64_t i) { return (base + i) * n; };
+  write_all<n>(visitor, visitor.template prepare<n>(sample, Same{channel}), begin + lane, end, tiling.lanes, index,
+               index);
 }
 
 // Accesses [begin, end) of a sample whose rows are not aligned to an access: an access has values of up to two rows.
@@ -185,13 +190,16 @@ template <int n, class Visitor>
 SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample, std::int64_t begin, std::int64_t end,
                                      std::int64_t thread, std::int64_t threads, std::int64_t channels,
                                      const Divider& by_points) {
-  using Raw = decltype(visitor.template load<n>(0));
+  using Raw = decltype(visitor.template load<n>(0, 0));
   const std::int64_t base = sample * channels * by_points.divisor;
   for (std::int64_t i = begin + thread; i < end; i += Visitor::kAhead * threads) {
     Raw raw[Visitor::kAhead];
     SE_EXT_UNROLL
     for (int k = 0; k < Visitor::kAhead; ++k) {
-      if (i + k * threads < end) raw[k] = visitor.template load<n>(base + (i + k * threads) * n);
+      if (i + k * threads < end) {
+        const std::int64_t at = base + (i + k * threads) * n;
+        raw[k] = visitor.template load<n>(at, at);
+      }
     }
     SE_EXT_UNROLL
     for (int k = 0; k < Visitor::kAhead; ++k) {
@@ -206,17 +214,20 @@ SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample
   }
 }
 
-// A tile of a band, by the block; `extent` points to a tile, which may differ from the sums'.
-template <int n, class Visitor>
-SE_EXT_DEVICE void write_band(const Visitor& visitor, std::int64_t sample, std::int64_t band, std::int64_t begin,
-                              std::int64_t end, const Tiling& tiling, std::int64_t channels, std::int64_t points) {
+// Points [begin, end) of up to `width` accesses side by side, from `first_channel` on, by the block; x_index(point,
+// channel) is where x's access lies.
+template <int n, class Visitor, class XIndex>
+SE_EXT_DEVICE void write_band(const Visitor& visitor, std::int64_t sample, std::int64_t first_channel,
+                              std::int64_t end_channel, std::int64_t begin, std::int64_t end, const Tiling& tiling,
+                              std::int64_t channels, std::int64_t points, const XIndex& x_index) {
   const int thread = static_cast<int>(threadIdx.x);
   const int row = thread / tiling.width, column = thread - row * tiling.width;
-  const std::int64_t first_channel = (band * tiling.width + column) * n;
-  if (row >= tiling.rows || first_channel >= channels) return;
+  const std::int64_t mine = first_channel + column * n;
+  if (row >= tiling.rows || mine >= end_channel) return;
   const std::int64_t base = sample * points;
-  write_all<n>(visitor, visitor.template prepare<n>(sample, Consecutive{first_channel}), begin + row, end, tiling.rows,
-               [=](std::int64_t p) { return (base + p) * channels + first_channel; });
+  write_all<n>(
+      visitor, visitor.template prepare<n>(sample, Consecutive{mine}), begin + row, end, tiling.rows,
+      [=](std::int64_t p) { return (base + p) * channels + mine; }, [=](std::int64_t p) { return x_index(p, mine); });
 }
 
 }  // namespace se_ext::cuda
