@@ -65,7 +65,11 @@ class Build(BuildExtension):
     def run(self) -> None:
         self.toolkit = setup_cuda.chosen_toolkit(torch.version.cuda)
         self.gpus = setup_cuda.architectures(self.toolkit) if self.toolkit else []
-        self.run_command("build_clib")
+        with ThreadPoolExecutor(max_workers=1) as beside:  # the slow parts of both, at a time
+            if self.toolkit is not None:
+                kernels = beside.submit(setup_cuda.compile_kernels, self.toolkit, self.gpus, self.build_temp)
+            self.run_command("build_clib")
+            self.cuda_kernels = kernels.result() if self.toolkit is not None else []
         super().run()
         packages = [Path(self.build_lib, "se_ext")] + ([ROOT / "se_ext"] if self.inplace or self.editable_mode else [])
         for package in packages:
@@ -80,8 +84,8 @@ class Build(BuildExtension):
         super().build_extension(ext)
 
     def add_cuda(self, ext: Extension, toolkit: setup_cuda.Toolkit) -> None:
-        """Compiles csrc/cuda and adds it to libse_ext; apart from its sources, whose objects serve both builds."""
-        ext.extra_objects += setup_cuda.compile_kernels(toolkit, self.gpus, self.build_temp)
+        """Adds csrc/cuda to libse_ext; compiled apart from its sources, whose objects serve both builds."""
+        ext.extra_objects += self.cuda_kernels
 
         def compile_adapters(adapters: list[str], **macros: str) -> list[str]:
             return self.compiler.compile(

@@ -74,7 +74,7 @@ fi
 cat "$work/device.log" >> "$work/summary.txt"
 
 TORCH_CUDA_ARCH_LIST=$(cat "$work/architecture") FORCE_CUDA=1 MAX_JOBS=$(nproc) \
-  stage build 240 "$python" setup.py --quiet build_ext --inplace
+  stage build 270 "$python" setup.py --quiet build_ext --inplace
 
 # One run of pytest on eight workers, or eight runs of a file each at a time.
 run_tests() {
