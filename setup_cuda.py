@@ -21,8 +21,9 @@ from setuptools.errors import CompileError, SetupError
 SOURCES = Path("csrc/cuda")
 KERNELS = SOURCES / "kernels"
 HOST_FLAGS = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
-# Without -fmad=false, nvcc would fuse multiplications and additions where the source does not.
-NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", HOST_FLAGS, f"-I{KERNELS}", "-Icsrc"]
+# Without -fmad=false, nvcc would fuse multiplications and additions where the source does not; compressed, the kernels
+# take a fifth of the space.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xfatbin=-compress-all", HOST_FLAGS, f"-I{KERNELS}", "-Icsrc"]
 
 DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # PTX of the last
 FAMILIES = {  # torch's names

@@ -19,8 +19,16 @@ Device ask(int index) {
   d.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   d.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   d.shared_reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  // Two transfers per clock; kHz and bits.
-  d.bytes_per_us = 2.0 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8 / 1e3;
+  // Two transfers per clock; kHz and bits. A driver that doesn't tell costs the plan its precision, not the op.
+  const auto told = [index](cudaDeviceAttr name) {
+    int value = 0;
+    if (cudaDeviceGetAttribute(&value, name, index) == cudaSuccess) return value;
+    (void)cudaGetLastError();
+    return 0;
+  };
+  constexpr double kUnknown = 1e6;  // 1 TB/s
+  const double rate = 2.0 * told(cudaDevAttrMemoryClockRate) * told(cudaDevAttrGlobalMemoryBusWidth) / 8 / 1e3;
+  d.bytes_per_us = rate > 0 ? rate : kUnknown;
   return d;
 }
 

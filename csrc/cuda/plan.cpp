@@ -45,7 +45,7 @@ int cluster_of(const Work& w, const Device& d) {
 // worth its launches where a chunk of L2's size takes longer to read again from far memory than four launches do.
 Plan choose(const Work& w, const Device& d, int cluster, std::int64_t chunk) {
   constexpr double kLaunch = 1.5, kKernels = 4, kL2Speed = 2.5, kSamplesPerWeight = 4;
-  const double far = std::max(1.0, d.bytes_per_us), near = kL2Speed * far;
+  const double far = d.bytes_per_us, near = kL2Speed * far;
   const double slab = static_cast<double>(w.slab.channels) * static_cast<double>(w.slab.points) * size_of(w.dtype);
   const double maps = static_cast<double>(w.samples) * slab;
   const double weights = static_cast<double>(w.samples) * static_cast<double>(w.weight_bytes) / near;
