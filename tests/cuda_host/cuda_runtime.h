@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -169,6 +170,7 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorNotSupported = 801,
   cudaErrorInvalidClusterSize = 912,
 };
@@ -232,6 +234,12 @@ extern "C" __attribute__((visibility("default"))) void cuda_host_set_attribute(i
 extern "C" __attribute__((visibility("default"))) int cuda_host_largest_cluster();
 
 namespace cuda_host {
+
+// What a process with adapters (that has guards) is held to: a launch is made inside a device guard, on the stream that
+// was asked for there; any other fails.
+inline constinit std::atomic<bool> has_guards = false;
+inline constinit thread_local int guards = 0;
+inline const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(0x5e);
 
 cudaError_t set_kernel_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 

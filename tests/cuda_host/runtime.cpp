@@ -70,6 +70,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle:
+      return "not inside a device guard, or not on its current stream";
     case cudaErrorNotSupported:
       return "operation not supported";
     case cudaErrorInvalidClusterSize:
@@ -142,7 +144,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   }
   const std::lock_guard lock(mutex);
   largest_cluster = std::max(largest_cluster, count(l.cluster));
-  const cudaError_t error = check(l, clusters);
+  const bool is_placed = !has_guards || (guards > 0 && config.stream == kStream);
+  const cudaError_t error = is_placed ? check(l, clusters) : cudaErrorInvalidResourceHandle;
   if (error == cudaSuccess) run(l);
   return result(error);
 }

@@ -10,7 +10,6 @@
 namespace se_ext::cuda {
 namespace {
 
-template <class A>
 struct BlockLayer {
   const void* weight;
   const void* bias;
@@ -26,7 +25,7 @@ struct BlockWork {
   std::int64_t unit;        // the blocks share out the channels in units of so many
   std::int64_t part_bytes;  // of the slab, per block
   Divider by_points;
-  BlockLayer<A> first, second;
+  BlockLayer first, second;
   bool weights_are_wide;  // in the accumulation type beside half-typed maps
   A *z, *hidden, *scale;  // in global memory; null: not wanted
 };
@@ -101,8 +100,7 @@ SE_EXT_DEVICE T* fetch_rows(const T* from, std::int64_t points, std::int64_t wid
 
 // Rows [begin, end) of a layer for one vector: put(row, hidden, activated) once per row.
 template <int n, class W, class A, class Put>
-SE_EXT_DEVICE void layer_rows(const BlockLayer<A>& l, const A* vector, std::int64_t columns, Share rows,
-                              const Put& put) {
+SE_EXT_DEVICE void layer_rows(const BlockLayer& l, const A* vector, std::int64_t columns, Share rows, const Put& put) {
   const W* weight = static_cast<const W*>(l.weight);
   const W* bias = static_cast<const W*>(l.bias);
   const int thread = static_cast<int>(threadIdx.x);
@@ -118,7 +116,7 @@ SE_EXT_DEVICE void layer_rows(const BlockLayer<A>& l, const A* vector, std::int6
 }
 
 template <class T, class A, class Put>
-SE_EXT_DEVICE void layer(const BlockLayer<A>& l, bool is_wide, const A* vector, std::int64_t columns, Share rows,
+SE_EXT_DEVICE void layer(const BlockLayer& l, bool is_wide, const A* vector, std::int64_t columns, Share rows,
                          const Put& put) {
   if constexpr (kIsHalf<T>) {
     if (is_wide) {
@@ -263,7 +261,7 @@ cudaError_t launch_block(const Batch& batch, int cluster, const Block& block, co
   const auto kernel = block_kernel<writing, n, Squeeze, Rescale>;
   const auto layer = [](const Layer& l) {
     const DotPlan plan(l.columns, l.type);
-    return BlockLayer<A>{l.weight, l.bias, plan.access, plan.lanes, l.activation};
+    return BlockLayer{l.weight, l.bias, plan.access, plan.lanes, l.activation};
   };
   const BlockWork<A> work{Tiling::of(batch.slab, batch.dtype),
                           batch.slab.channels,

@@ -228,7 +228,7 @@ cudaError_t launch_writes(const Batch& batch, const Visitor& visitor) {
   return tiling.access == 1 ? bands.template operator()<1>() : bands.template operator()<kFull<T>>();
 }
 
-// f(Post, T{}) where a half type, float32 or float64 is chosen, and identity apart from all others
+// f(post): the identity apart from all others
 template <class F>
 cudaError_t with_post(Activation post, const F& f) {
   return post == Activation::Identity ? f(Identity(post)) : f(Any(post));

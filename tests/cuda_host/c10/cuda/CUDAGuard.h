@@ -3,21 +3,18 @@
 
 #include <c10/core/Device.h>
 
-#include <optional>
+#include "cuda_runtime.h"
 
 namespace c10::cuda {
 
 struct CUDAGuard {
-  explicit CUDAGuard(Device) {}
+  explicit CUDAGuard(Device) {
+    cuda_host::has_guards = true;
+    ++cuda_host::guards;
+  }
+  ~CUDAGuard() { --cuda_host::guards; }
   CUDAGuard(const CUDAGuard&) = delete;
   CUDAGuard& operator=(const CUDAGuard&) = delete;
-};
-
-struct OptionalCUDAGuard {
-  OptionalCUDAGuard() = default;
-  explicit OptionalCUDAGuard(std::optional<Device>) {}
-  OptionalCUDAGuard(const OptionalCUDAGuard&) = delete;
-  OptionalCUDAGuard& operator=(const OptionalCUDAGuard&) = delete;
 };
 
 }  // namespace c10::cuda
