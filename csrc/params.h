@@ -96,6 +96,9 @@ struct AffineRescale {
 // The backward of AffineRescale on one sample; grad, saved, grad_residual and streaming as in RescaleBackward.
 //   gv = g ⊙ post'(v)     gp = (gv ⊙ scale + grad_mean) ⊙ pre'(a ⊙ x + b), or gv where pre is the identity
 //   gx = factor ⊙ gp + slope ⊙ x + offset
+// Where `keeps`, the pass that sums leaves what the pass that writes needs in the maps that it will write: pre'(a ⊙ x +
+// b) in grad_x where pre is not the identity, gv in grad_residual where post is not. That pass then reads gv, the slope
+// and x, and computes no activation.
 struct AffineBackward {
   AffineMap map;
   const void* grad;
@@ -110,6 +113,7 @@ struct AffineBackward {
   void* grad_residual;
   Activation post;
   bool streaming = false;
+  bool keeps = false;
 };
 
 // A batch normalisation of N samples of C channels and P points, or a given affine map in its place; all vectors in the

@@ -257,6 +257,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
   const Pointer g_at(g), s_at(scale), kept_at = pointer(kept), gx_at = pointer(grad_input),
                                       gr_at = pointer(grad_residual), means_at(sample_means), drop_at = pointer(drop);
 
+  // Kept at full precision, or a ReLU's gradient, which is g or nothing. A kept slope multiplies: only where no kink
+  // stops a gradient.
+  const bool is_exact = x.tensor.scalar_type() == v.type;
+  const bool keeps = is_identity ? mask[7] && (is_exact ? post != Activation::Identity : post == Activation::Relu)
+                                 : mask[0] && is_exact && !is_cheap(pre) && mask[7] == (post != Activation::Identity);
   const void* slope = batch_statistics ? slope_at.base : nullptr;
   const auto at_sample = [&](std::int64_t n) {
     return AffineBackward{is_identity ? AffineMap{x.sample(n), sa_at.at(n * C), sb_at.at(n * C), pre}
@@ -272,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
                           gx_at.at(n * slab),
                           gr_at.at(n * slab),
                           post,
-                          schedule.streaming};
+                          schedule.streaming,
+                          keeps};
   };
 
   const AffineKernels& map = kernels().affine[static_cast<int>(x.dtype)];
@@ -286,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
     tiles.apply(team, first, samples,
                 [&](std::int64_t n, Tile tile) { map.backward_apply(x.slab, tile, at_sample(n)); });
   };
-  const bool writes = mask[0] || mask[7];
+  const bool writes = mask[0] || (mask[7] && !keeps);
   if (!batch_statistics) std::memset(batch_offset_at.base, 0, C * batch_offset_at.item_bytes);
 
   schedule.run(N, [&](Team team, int index, std::int64_t first, std::int64_t samples) {

@@ -77,6 +77,19 @@ SE_EXT_INLINE V gradient(V g, V q) {
   }
 }
 
+// u = A(v) and A'(v) together, for activations whose value and slope share most of their work.
+template <Activation A, class V>
+SE_EXT_INLINE void value_and_slope(V v, V& u, V& slope) {
+  if constexpr (A == Activation::Silu) {
+    const V sig = sigmoid(v);
+    u = v * sig;
+    slope = sig + u * (1 - sig);
+  } else {
+    u = activate<A>(v);
+    slope = gradient<A>(constant<V>(1), slope_from_output(A) ? u : v);
+  }
+}
+
 template <Activation A>
 struct Of {
   static constexpr Activation value = A;

@@ -5,6 +5,8 @@
 // register, and so does all of float64, which is for checking results, not for speed.
 #pragma once
 
+#include <type_traits>
+
 #include "activations.h"
 #include "traverse.h"
 #include "write_tile.h"
@@ -15,11 +17,16 @@ template <Activation A>
 struct Compiled {
   static constexpr bool kIdentity = A == Activation::Identity;
   static constexpr bool kCheap = is_cheap(A);
+  static constexpr bool kSmooth = !kCheap;  // a gradient is multiplied by its slope; no kink stops it
 
   bool slope_from_output() const { return se_ext::slope_from_output(A); }
   template <class V>
   inline SE_EXT_ALWAYS_INLINE V value(V v) const {
     return activate<A>(v);
+  }
+  template <class V>
+  inline SE_EXT_ALWAYS_INLINE void value_and_slope(V v, V& u, V& slope) const {
+    SE_EXT_ISA::value_and_slope<A>(v, u, slope);
   }
   template <class V>
   inline SE_EXT_ALWAYS_INLINE V gradient(V g, V q) const {
@@ -43,6 +50,7 @@ __attribute__((noinline)) static V gradient_any(Activation a, V g, V q) {
 struct Any {
   static constexpr bool kIdentity = false;
   static constexpr bool kCheap = false;
+  static constexpr bool kSmooth = false;
   Activation activation;
 
   bool slope_from_output() const { return se_ext::slope_from_output(activation); }
@@ -176,7 +184,7 @@ template <class T, Layout layout, class Pre, class Post>
 struct AffineGradient {
   using A = acc_t<T>;
   struct Values {
-    Vec<A> x, p, u, gv;  // p = a ⊙ x + b; p and u only where something needs them
+    Vec<A> x, p, u, slope, gv;  // p = a ⊙ x + b, slope = pre'(p) where pre is smooth; only what is used costs anything
   };
 
   Pre pre;
@@ -199,7 +207,11 @@ struct AffineGradient {
     Values r{};
     r.x = load(x + i, lanes);
     r.p = a.at(c, lanes) * r.x + b.at(c, lanes);
-    r.u = pre.value(r.p);
+    if constexpr (Pre::kSmooth) {
+      pre.value_and_slope(r.p, r.u, r.slope);
+    } else {
+      r.u = pre.value(r.p);
+    }
     const Vec<A> g = load(grad + i, lanes);
     if constexpr (Post::kIdentity) {
       r.gv = g;
@@ -216,7 +228,11 @@ struct AffineGradient {
 
   // g ⊙ pre'(p)
   inline SE_EXT_ALWAYS_INLINE Vec<A> through_pre(Vec<A> g, const Values& r) const {
-    return pre.gradient(g, pre.slope_from_output() ? r.u : r.p);
+    if constexpr (Pre::kSmooth) {
+      return g * r.slope;
+    } else {
+      return pre.gradient(g, pre.slope_from_output() ? r.u : r.p);
+    }
   }
 
   // The gradient that reaches p, given the one that comes back through the squeeze: gv itself where pre is the
@@ -232,6 +248,48 @@ struct AffineGradient {
   }
 };
 
+// What happens to a register's pre'(p) and gv beside their being summed: see AffineBackward::keeps.
+struct KeepNothing {
+  template <class V, class L>
+  inline SE_EXT_ALWAYS_INLINE void operator()(std::int64_t, V, V, L) const {}
+};
+template <class Write>
+struct KeepGradient {
+  Write write;
+  template <class V, class L>
+  inline SE_EXT_ALWAYS_INLINE void operator()(std::int64_t i, V, V gv, L lanes) const {
+    write(i, gv, lanes);
+  }
+};
+template <class T>
+struct KeepWhatIsAsked {
+  T *slopes, *gradients;
+  template <class V, class L>
+  inline SE_EXT_ALWAYS_INLINE void operator()(std::int64_t i, V slope, V gv, L lanes) const {
+    if (slopes) store(slopes + i, slope, lanes);
+    if (gradients) store(gradients + i, gv, lanes);
+  }
+};
+
+template <class T, class Pre, class Post, class F>
+SE_EXT_INLINE void dispatch_keeping(const Slab& slab, Tile tile, const AffineBackward& r, F&& f) {
+  T* gradients = static_cast<T*>(r.grad_residual);
+  if constexpr (Pre::kIdentity && Post::kCheap) {  // waits for memory alone: a branch at every store would cost
+    if constexpr (!Post::kIdentity) {
+      if (r.keeps && r.streaming && rows_are_aligned(slab, tile, gradients)) {
+        f(KeepGradient<PastCache<T>>{{gradients}});
+        return fence_streams();
+      }
+      if (r.keeps) return f(KeepGradient<ToCache<T>>{{gradients}});
+    }
+    return f(KeepNothing{});
+  } else {
+    T* slopes = static_cast<T*>(r.grad_x);
+    return f(KeepWhatIsAsked<T>{r.keeps && !Pre::kIdentity ? slopes : nullptr,
+                                r.keeps && r.post != Activation::Identity ? gradients : nullptr});
+  }
+}
+
 // All sums that backward needs, in one pass. Where pre is the identity, [2, C]:
 //   Σ_p gv        Σ_p gv ⊙ (x - center)
 // else, with d = pre'(p), [5, C]:
@@ -242,28 +300,68 @@ template <class T>
 void affine_backward_sums(const Slab& slab, Tile tile, const AffineBackward& r, void* sums) {
   using A = acc_t<T>;
   dispatch_affine<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
-    sum_tile<layout>(slab, tile, static_cast<A*>(sums), [&](Channels channels) SE_EXT_ALWAYS_INLINE {
-      return [gradient = AffineGradient<T, layout, decltype(pre), decltype(post)>(pre, post, r, channels),
-              center = PerChannel<layout, A>(static_cast<const A*>(r.center), channels)](
-                 std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-        const auto found = gradient.at(i, c, lanes);
-        const Vec<A> off = found.x - center.at(c, lanes);
-        if constexpr (decltype(pre)::kIdentity) {
-          return Sums<A, 2>{{found.gv, found.gv * off}};
-        } else {
-          const Vec<A> gd = gradient.through_pre(found.gv, found);
-          const Vec<A> d = gradient.through_pre(broadcast<A>(1), found);
-          return Sums<A, 5>{{found.gv * found.u, gd, d, gd * off, d * off}};
-        }
-      };
+    using Pre = decltype(pre);
+    using Post = decltype(post);
+    dispatch_keeping<T, Pre, Post>(slab, tile, r, [&](auto keep) SE_EXT_ALWAYS_INLINE {
+      constexpr bool kCheap = Pre::kCheap && std::is_same_v<decltype(keep), KeepNothing>;
+      sum_tile<layout, kCheap>(slab, tile, static_cast<A*>(sums), [&](Channels channels) SE_EXT_ALWAYS_INLINE {
+        return [keep, gradient = AffineGradient<T, layout, Pre, Post>(pre, post, r, channels),
+                center = PerChannel<layout, A>(static_cast<const A*>(r.center), channels)](
+                   std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+          const auto found = gradient.at(i, c, lanes);
+          const Vec<A> off = found.x - center.at(c, lanes);
+          if constexpr (Pre::kIdentity) {
+            keep(i, found.gv, found.gv, lanes);
+            return Sums<A, 2>{{found.gv, found.gv * off}};
+          } else {
+            const Vec<A> gd = gradient.through_pre(found.gv, found);
+            const Vec<A> d = gradient.through_pre(broadcast<A>(1), found);
+            keep(i, d, found.gv, lanes);
+            return Sums<A, 5>{{found.gv * found.u, gd, d, gd * off, d * off}};
+          }
+        };
+      });
     });
   });
+}
+
+// grad_x where the sums left gv and the slopes
+template <class T, Layout layout, bool kSlopes>
+SE_EXT_INLINE void affine_backward_finish(const Slab& slab, Tile tile, const AffineBackward& r) {
+  using A = acc_t<T>;
+  const T* gradients = static_cast<const T*>(r.post == Activation::Identity ? r.grad : r.grad_residual);
+  const T* x = static_cast<const T*>(r.map.x);
+  T* grad_x = static_cast<T*>(r.grad_x);
+  const auto vector = [](const void* values) { return static_cast<const A*>(values); };
+  const bool has_slope = r.slope;
+  const auto factory = [&](Channels channels) SE_EXT_ALWAYS_INLINE {
+    return [=, scale = PerChannel<layout, A>(kSlopes ? vector(r.scale) : nullptr, channels),
+            mean = PerChannel<layout, A>(kSlopes ? vector(r.grad_mean) : nullptr, channels),
+            factor = PerChannel<layout, A>(vector(r.factor), channels),
+            slope = PerChannel<layout, A>(vector(r.slope), channels),
+            offset = PerChannel<layout, A>(vector(r.offset), channels)](std::int64_t i, std::int64_t c, auto lanes)
+               SE_EXT_ALWAYS_INLINE {
+                 Vec<A> gp = load(gradients + i, lanes);
+                 if constexpr (kSlopes) gp = (gp * scale.at(c, lanes) + mean.at(c, lanes)) * load(grad_x + i, lanes);
+                 Vec<A> gx = factor.at(c, lanes) * gp + offset.at(c, lanes);
+                 if (has_slope) gx += slope.at(c, lanes) * load(x + i, lanes);
+                 return gx;
+               };
+  };
+  // What was just read is in cache: there is nothing to gain from writing past it.
+  write_tile<layout, true>(slab, tile, grad_x, r.streaming && !kSlopes, factory);
 }
 
 // grad_x = factor ⊙ gp + slope ⊙ x + offset, grad_residual = gv
 template <class T>
 void affine_backward_apply(const Slab& slab, Tile tile, const AffineBackward& r) {
   using A = acc_t<T>;
+  if (r.keeps) {
+    return dispatch_layout(slab.layout, [&]<Layout layout>() {
+      if (r.map.pre == Activation::Identity) return affine_backward_finish<T, layout, false>(slab, tile, r);
+      if constexpr (sizeof(T) == sizeof(A)) affine_backward_finish<T, layout, true>(slab, tile, r);
+    });
+  }
   T* grad_x = static_cast<T*>(r.grad_x);
   T* grad_residual = static_cast<T*>(r.grad_residual);
   const bool has_slope = r.slope;

@@ -15,6 +15,12 @@ SE_EXT_INLINE bool is_aligned(const Slab& slab, Tile tile, const T* data) {
          (channels_first ? slab.points >= L : slab.channels % L == 0);
 }
 
+// The same for a walk that starts every row anew (sum_tile).
+template <class T>
+SE_EXT_INLINE bool rows_are_aligned(const Slab& slab, Tile tile, const T* data) {
+  return is_aligned(slab, tile, data) && (slab.layout == Layout::ChannelsLast || slab.points % kLanes<acc_t<T>> == 0);
+}
+
 // The two ways to write a map, for visit_tile.
 template <class T>
 struct ToCache {
