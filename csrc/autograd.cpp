@@ -195,6 +195,7 @@ struct BnSqueezeExcite : torch::autograd::Function<BnSqueezeExcite> {
                             mean, inverse, sample_means, z, hidden, scale, saved_for(post, output, residual),
                             or_undefined(drop_scale)});
     ctx->mark_non_differentiable({mean, var});
+    ctx->set_materialize_grads(false);  // no zeros for mean and var; the output's gradient is always there
     ctx->saved_data["batch_statistics"] = batch_statistics;
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["pre_activation"] = std::string(pre_activation);
@@ -206,6 +207,7 @@ struct BnSqueezeExcite : torch::autograd::Function<BnSqueezeExcite> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(15);
     const auto s = ctx->get_saved_variables();
     const auto name = [&](const char* key) { return ctx->saved_data[key].toStringView(); };
     const auto post = name("post_activation");

@@ -206,6 +206,11 @@ void placement(const char* op, Arguments arguments) {
   }
 }
 
+void running_statistic(const char* op, const char* name, const OptionalTensor& statistic, const Tensor& input) {
+  if (!statistic.has_value() || input.dim() < 2) return;  // what is wrong with input is said elsewhere
+  shape(op, name, *statistic, {input.sym_size(1)});
+}
+
 void not_differentiated(const char* op, Arguments arguments) {
   for (const Argument& a : arguments) {
     if (!a.tensor) continue;

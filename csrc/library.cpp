@@ -1,5 +1,6 @@
 // Every op of se_ext, on one screen. Kernels: cpu/, cuda/ · fake kernels: meta.cpp · autograd: autograd.cpp · autocast:
-// autocast.cpp · torch.func transforms and devices without kernels: composite.cpp.
+// autocast.cpp · torch.func transforms and devices without kernels: composite.cpp · in terms of other ops:
+// running_statistics.cpp.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -36,6 +37,14 @@ TORCH_LIBRARY(se_ext, m) {
       "Tensor? b2, bool batch_statistics, float eps=1e-05, str pre_activation=\"identity\", str activation=\"relu\", "
       "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\", Tensor? drop_scale=None) "
       "-> (Tensor output, Tensor mean, Tensor var)",
+      functional);
+  // The same with the running statistics of a batch norm module: read where not training, else updated, as is the count
+  // of batches. No momentum: the average of all batches.
+  m.def(
+      "_bn_squeeze_excite_running(Tensor input, Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+      "bool training, float? momentum, float eps, str pre_activation, str activation, str gate, Tensor? residual, "
+      "str post_activation, Tensor? drop_scale) -> Tensor",
       functional);
 
   // In place, for inference.

@@ -86,23 +86,19 @@ def bn_squeeze_excite(
         >>> torch.allclose(mean, 0.1 * x.mean((0, 2, 3)), atol=1e-6)
         True
     """
-    _check_statistic("running_mean", running_mean, input)
-    _check_statistic("running_var", running_var, input)
-    if training:
-        weight, bias = bn_weight, bn_bias
-    elif running_mean is None or running_var is None:
-        raise RuntimeError("bn_squeeze_excite: expected running_mean and running_var when training is False, got None")
-    else:
-        weight, bias = _affine(bn_weight, bn_bias, running_mean, running_var, eps, input.dtype == torch.float64)
-    output, mean, var = torch.ops.se_ext.bn_squeeze_excite(
+    return torch.ops.se_ext._bn_squeeze_excite_running(
         input,
-        weight,
-        bias,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        None,
         w1,
         b1,
         w2,
         b2,
         training,
+        momentum,
         eps,
         pre_activation,
         activation,
@@ -111,34 +107,3 @@ def bn_squeeze_excite(
         post_activation,
         drop_scale,
     )
-    values = input.numel() // max(1, input.size(1))
-    if training and values > 1:
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        if running_var is not None:
-            running_var.mul_(1 - momentum).add_(var * (values / (values - 1)), alpha=momentum)
-    return output
-
-
-def _check_statistic(name: str, statistic: Optional[Tensor], input: Tensor) -> None:
-    if statistic is None or input.dim() < 2:
-        return
-    if statistic.dim() != 1 or statistic.size(0) != input.size(1):
-        raise RuntimeError(
-            f"bn_squeeze_excite: expected {name} of shape [{input.size(1)}], got {list(statistic.shape)}"
-        )
-
-
-def _affine(
-    weight: Optional[Tensor], bias: Optional[Tensor], mean: Tensor, var: Tensor, eps: float, is_double: bool
-) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    """What the batch norm is with given statistics: a = weight / sqrt(var + eps), b = bias - mean a, as [C] tensors in
-    the accumulation type. Gradients flow to weight and bias."""
-    dtype = torch.float64 if is_double else torch.float32
-    a = torch.rsqrt(var.to(dtype) + eps)
-    if weight is not None:
-        a = a * weight.to(dtype)
-    b = -mean.to(dtype) * a
-    if bias is not None:
-        b = b + bias.to(dtype)
-    return a, b

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .modules import SqueezeExcitation, composed_forward, fused_forward, is_fusible
+from .modules import SqueezeExcitation, scripted_tail, tail
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
 # ruff: noqa: UP045
@@ -88,9 +88,9 @@ class BasicBlock(Residual):
         out = self.act1(self.bn1(self.conv1(x)))
         out, shortcut, drop_scale = self.conv2(out), self.shortcut(x), self.drop_scale(x)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if not is_fusible(self.bn2):
-                return composed_forward(self.bn2, self.se, out, shortcut, drop_scale, "identity", "relu")
-        return fused_forward(
+            modules: Any = self._modules
+            return tail(modules["bn2"], modules["se"], out, shortcut, drop_scale, "identity", "relu")
+        return scripted_tail(
             out,
             self.bn2.weight,
             self.bn2.bias,
@@ -153,9 +153,9 @@ class Bottleneck(Residual):
         out = self.act2(self.bn2(self.conv2(out)))
         out, shortcut, drop_scale = self.conv3(out), self.shortcut(x), self.drop_scale(x)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if not is_fusible(self.bn3):
-                return composed_forward(self.bn3, self.se, out, shortcut, drop_scale, "identity", "relu")
-        return fused_forward(
+            modules: Any = self._modules
+            return tail(modules["bn3"], modules["se"], out, shortcut, drop_scale, "identity", "relu")
+        return scripted_tail(
             out,
             self.bn3.weight,
             self.bn3.bias,

@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 from . import functional
 from ._names import ACTIVATIONS, GATES, name_of
-from .batch_norm import bn_squeeze_excite
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
 # ruff: noqa: UP045
 
 
-def _parameters_of(module: nn.Module, name: str) -> tuple[Tensor, Optional[Tensor]]:
-    """Weight and bias of a layer. Eight trips through nn.Module.__getattr__ would take longer than the kernels do on a
-    small map; a weight that is no plain parameter (parametrize, pruning) is looked up the usual way."""
-    layer: Any = module._modules[name]
+def _parameters_of(layer: Any) -> tuple[Tensor, Optional[Tensor]]:
+    """Weight and bias of a layer. On a small map nn.Module.__getattr__ would take longer than the kernels do; a weight
+    that is no plain parameter (parametrize, pruning) is looked up the usual way."""
     try:
         return layer._parameters["weight"], layer._parameters["bias"]
     except KeyError:
@@ -85,8 +83,9 @@ class SqueezeExcitation(nn.Module):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             w1, b1, w2, b2 = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         else:
-            w1, b1 = _parameters_of(self, "fc1")
-            w2, b2 = _parameters_of(self, "fc2")
+            layers: Any = self._modules
+            w1, b1 = _parameters_of(layers["fc1"])
+            w2, b2 = _parameters_of(layers["fc2"])
         return functional.squeeze_excite(
             input,
             w1,
@@ -109,7 +108,7 @@ class SqueezeExcitation(nn.Module):
         return ", ".join(parts)
 
 
-def fused_forward(
+def scripted_tail(
     input: Tensor,
     bn_weight: Optional[Tensor],
     bn_bias: Optional[Tensor],
@@ -135,65 +134,83 @@ def fused_forward(
     Like BatchNorm2d's forward it counts the batches, averages over all of them where momentum is None, and uses the
     batch's statistics where it has no others.
     """
-    factor = 0.0 if momentum is None else momentum
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            factor = 1.0 / float(num_batches_tracked)
-    return bn_squeeze_excite(
+    return torch.ops.se_ext._bn_squeeze_excite_running(
         input,
         bn_weight,
         bn_bias,
         running_mean,
         running_var,
+        num_batches_tracked,
         w1,
         b1,
         w2,
         b2,
-        training=training or (running_mean is None and running_var is None),
-        momentum=factor,
-        eps=eps,
-        pre_activation=pre_activation,
-        activation=activation,
-        gate=gate,
-        residual=residual,
-        post_activation=post_activation,
-        drop_scale=drop_scale,
+        training or (running_mean is None and running_var is None),
+        momentum,
+        eps,
+        pre_activation,
+        activation,
+        gate,
+        residual,
+        post_activation,
+        drop_scale,
     )
 
 
-def is_fusible(bn: nn.Module) -> bool:
-    """Whether the module is a batch norm whose formula the kernels compute: SyncBatchNorm and subclasses are not."""
-    return type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-def composed_forward(
-    bn: nn.Module,
-    se: SqueezeExcitation,
+def tail(
+    bn: Any,
+    se: Any,
     input: Tensor,
     residual: Tensor | None,
     drop_scale: Tensor | None,
     pre_activation: str,
     post_activation: str,
 ) -> Tensor:
-    """What fused_forward computes, around a normalisation of any kind: its own pass, the rest fused."""
-    output, _, _ = torch.ops.se_ext.bn_squeeze_excite(
-        bn(input),
-        None,
-        None,
-        se.fc1.weight,
-        se.fc1.bias,
-        se.fc2.weight,
-        se.fc2.bias,
-        batch_statistics=False,
-        pre_activation=pre_activation,
-        activation=se.activation,
-        gate=se.scale_activation,
-        residual=residual,
-        post_activation=post_activation,
-        drop_scale=drop_scale,
+    """What scripted_tail computes, given the modules; around a batch norm whose formula the kernels do not compute
+    (SyncBatchNorm, subclasses), the normalisation is a pass of its own and the rest is fused."""
+    w1, b1 = _parameters_of(se._modules["fc1"])
+    w2, b2 = _parameters_of(se._modules["fc2"])
+    if type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        output, _, _ = torch.ops.se_ext.bn_squeeze_excite(
+            bn(input),
+            None,
+            None,
+            w1,
+            b1,
+            w2,
+            b2,
+            batch_statistics=False,
+            pre_activation=pre_activation,
+            activation=se.activation,
+            gate=se.scale_activation,
+            residual=residual,
+            post_activation=post_activation,
+            drop_scale=drop_scale,
+        )
+        return output
+    weight, bias = _parameters_of(bn)
+    buffers = bn._buffers
+    return scripted_tail(
+        input,
+        weight,
+        bias,
+        buffers["running_mean"],
+        buffers["running_var"],
+        buffers["num_batches_tracked"],
+        bn.momentum,
+        bn.eps,
+        bn.training,
+        w1,
+        b1,
+        w2,
+        b2,
+        pre_activation,
+        se.activation,
+        se.scale_activation,
+        residual,
+        post_activation,
+        drop_scale,
     )
-    return output
 
 
 class BatchNormSqueezeExcitation(nn.Module):
@@ -255,11 +272,10 @@ class BatchNormSqueezeExcitation(nn.Module):
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None, drop_scale: Optional[Tensor] = None) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if not is_fusible(self.bn):
-                return composed_forward(
-                    self.bn, self.se, input, residual, drop_scale, self.pre_activation, self.post_activation
-                )
-        return fused_forward(
+            modules: Any = self._modules
+            pre, post = self.pre_activation, self.post_activation
+            return tail(modules["bn"], modules["se"], input, residual, drop_scale, pre, post)
+        return scripted_tail(
             input,
             self.bn.weight,
             self.bn.bias,

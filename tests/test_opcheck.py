@@ -102,6 +102,15 @@ class Make:
         mask = [True, b, b, True, b, True, b, b]
         return (self.map(), *prologue, mean, *small, saved, drop, batch, eps, *names, mask)
 
+    def _bn_squeeze_excite_running(self) -> Arguments:
+        """With every optional argument training with running statistics, without any training with none."""
+        x, weight, bias, *w, _, eps, pre, activation, gate, residual, post, drop = self.bn_squeeze_excite()
+        c = self.shape[1]
+        running = (torch.zeros(c), torch.ones(c), torch.tensor(3)) if self.optionals else (None, None, None)
+        momentum = None if self.optionals else 0.1
+        names = (pre, activation, gate)
+        return (x, weight, bias, *running, *w, True, momentum, eps, *names, residual, post, drop)
+
     def _excite_forward(self) -> Arguments:
         return self.excite()
 
@@ -141,6 +150,7 @@ PRIVATE = [
     "_squeeze_excite_backward",
     "_bn_squeeze_excite_forward",
     "_bn_squeeze_excite_backward",
+    "_bn_squeeze_excite_running",
 ]
 TABLE = PUBLIC + IN_PLACE + PRIVATE
 
@@ -230,7 +240,7 @@ def test_the_compliance_tag(name: str) -> None:
         assert op._schema.arguments[0].alias_info.is_write
         assert op._schema.returns[0].alias_info.is_write
     else:
-        assert not op._schema.is_mutable
+        assert op._schema.is_mutable == (name == "_bn_squeeze_excite_running")
 
 
 def test_the_fake_kernel_is_torchs_own_idea_of_the_op() -> None:
