@@ -111,7 +111,8 @@ def measure_row(name: str, workload: Workload, layout: str, batch: int, plan: Pl
     }
     modules = {**eager, **compiled, summary.OURS: fused}
     with torch.inference_mode(tail.mode == "inference"):
-        steps = {variant: make_step(module, problem, shortcut, tail) for variant, module in modules.items()}
+        tensors = (problem.x, shortcut, problem.grad_output)
+        steps = {variant: make_step(module, *tensors, tail) for variant, module in modules.items()}
         row = time_row(problem, tail.mode, {summary.YARDSTICK: problem.x.clone, **steps}, plan)
     return {**row, "name": f"{name} {workload.name}", "tail": name}
 
@@ -125,31 +126,29 @@ def randomize(module: nn.Module) -> None:
         norm.bias.copy_(torch.randn(norm.num_features, generator=generator))
 
 
-def make_step(module: nn.Module, problem: Problem, shortcut: Tensor, tail: Tail) -> Step:
-    """One forward pass, or forward + backward for the map, the shortcut and every weight."""
+def make_step(module: nn.Module, x: Tensor, shortcut: Tensor, grad: Tensor, tail: Tail) -> Step:
+    """One forward pass; when training, forward + backward, with the gradients of the map, the shortcut and every
+    weight. Returns the results by name. What a training loop does once, like listing the parameters, is done here."""
     if tail.mode == "inference":
-        return lambda: module(problem.x, shortcut)
-    return lambda: results(module, problem.x, shortcut, problem.grad_output, tail)
-
-
-def results(module: nn.Module, x: Tensor, shortcut: Tensor, grad: Tensor, tail: Tail) -> dict[str, Tensor]:
-    """The output; when training, every gradient, the running statistics after it left aside."""
-    if tail.mode == "inference":
-        return {"output": module(x, shortcut)}
+        return lambda: {"output": module(x, shortcut)}
     x, shortcut = x.detach().requires_grad_(), shortcut.detach().requires_grad_(tail.residual)
     named = {"input": x, **({"shortcut": shortcut} if tail.residual else {}), **dict(module.named_parameters())}
-    y = module(x, shortcut)
-    grads = torch.autograd.grad(y, list(named.values()), grad)
-    return {"output": y.detach(), **dict(zip(named, grads, strict=True))}
+    leaves = list(named.values())
+
+    def step() -> dict[str, Tensor]:
+        y = module(x, shortcut)
+        return {"output": y.detach(), **dict(zip(named, torch.autograd.grad(y, leaves, grad), strict=True))}
+
+    return step
 
 
 def check(name: str, tail: Tail, problem: Problem, shortcut: Tensor, eager: Eager, fused: Fused) -> None:
     """Raises WrongResult if se_ext's output, a gradient or a running statistic is not the float64 formula's."""
     exact_module = copy.deepcopy(eager).double()
     doubles = (problem.x.double(), shortcut.double(), problem.grad_output.double())
-    exact = results(exact_module, *doubles, tail)
+    exact = make_step(exact_module, *doubles, tail)()
     ours = copy.deepcopy(fused)
-    found = results(ours, problem.x, shortcut, problem.grad_output, tail)
+    found = make_step(ours, problem.x, shortcut, problem.grad_output, tail)()
     if tail.batch_norm:
         for statistic in ("running_mean", "running_var"):
             exact[statistic] = getattr(exact_module.bn, statistic)
