@@ -327,3 +327,21 @@ def test_against_float64_on_real_shapes(shape, channels_last):
     y = apply(se_ext, tuple(tensors), post_activation="relu")
     exact = apply(reference, tuple(t.double() for t in tensors), post_activation="relu")
     assert_close(y, exact, torch.float32, shape[0] * shape[2] * shape[3])
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(8, 256, 56, 56), (8, 128, 55, 57)], ids=str)
+def test_gradients_written_past_the_caches(shape, channels_last):
+    """Of maps that exceed the last cache together, bit for bit those of one sample, which does not."""
+    x, *vectors, shortcut = make_case(shape, channels_last=channels_last, requires_grad=False)
+    running, grad = statistics(shape[1], torch.float32), torch.randn_like(x)
+
+    def gradients(samples: slice) -> tuple[Tensor, ...]:
+        leaves = [t[samples].detach().requires_grad_() for t in (x, shortcut)]
+        tensors = (leaves[0], *vectors, leaves[1])
+        y = apply(se_ext, tensors, training=False, statistics=running, post_activation="relu")
+        return torch.autograd.grad(y, leaves, grad[samples])
+
+    for found, alone in zip(gradients(slice(None)), gradients(slice(5, 6)), strict=True):
+        assert torch.equal(found[5:6], alone)

@@ -13,11 +13,11 @@ SE_EXT_INLINE V constant(double value) {
 
 template <class V>
 SE_EXT_INLINE V clamp(V x, double low, double high) {
-  x = x < constant<V>(low) ? constant<V>(low) : x;
-  return x > constant<V>(high) ? constant<V>(high) : x;
+  return at_most(constant<V>(high), at_least(constant<V>(low), x));
 }
 
 inline constexpr double kLeakySlope = 0.01;
+inline constexpr double kSixth = 1.0 / 6;  // 6 times it is 1 in float and in double
 
 // u = A(v)
 template <Activation A, class V>
@@ -25,7 +25,7 @@ SE_EXT_INLINE V activate(V v) {
   if constexpr (A == Activation::Identity) {
     return v;
   } else if constexpr (A == Activation::Relu) {
-    return v < 0 ? V{} : v;
+    return at_least(V{}, v);
   } else if constexpr (A == Activation::Relu6) {
     return clamp(v, 0, 6);
   } else if constexpr (A == Activation::Silu) {
@@ -33,7 +33,7 @@ SE_EXT_INLINE V activate(V v) {
   } else if constexpr (A == Activation::Gelu) {
     return v * (constant<V>(0.5) * (1 + erf(v * constant<V>(0.70710678118654752440))));
   } else if constexpr (A == Activation::Hardswish) {
-    return v * clamp(v + 3, 0, 6) / 6;
+    return v * (clamp(v + 3, 0, 6) * constant<V>(kSixth));
   } else if constexpr (A == Activation::LeakyRelu) {
     return v > 0 ? v : v * constant<V>(kLeakySlope);
   } else if constexpr (A == Activation::Tanh) {
@@ -42,8 +42,16 @@ SE_EXT_INLINE V activate(V v) {
     return sigmoid(v);
   } else {
     static_assert(A == Activation::Hardsigmoid);
-    return clamp(v + 3, 0, 6) / 6;
+    return clamp(v + 3, 0, 6) * constant<V>(kSixth);
   }
+}
+
+// u = v · sigmoid(v) and its slope
+template <class V>
+SE_EXT_INLINE void silu(V v, V& u, V& slope) {
+  const V sig = 1 / one_plus_exp_minus(v);
+  u = v * sig;
+  slope = sig + u * (1 - sig);
 }
 
 // g ⊙ A'(v), given the output u where slope_from_output(A), the input v elsewhere. Where the slope is zero the result
@@ -58,13 +66,14 @@ SE_EXT_INLINE V gradient(V g, V q) {
   } else if constexpr (A == Activation::Relu6) {
     return q <= 0 ? zero : (q >= 6 ? zero : g);
   } else if constexpr (A == Activation::Silu) {
-    const V sig = sigmoid(q);
-    return (g * sig) * (1 + q * (1 - sig));
+    V u, slope;
+    silu(q, u, slope);
+    return g * slope;
   } else if constexpr (A == Activation::Gelu) {
     const V cdf = constant<V>(0.5) * (1 + erf(q * constant<V>(0.70710678118654752440)));
     return g * (cdf + q * constant<V>(0.39894228040143267794) * exp(q * q * constant<V>(-0.5)));
   } else if constexpr (A == Activation::Hardswish) {
-    return q <= -3 ? zero : (q < 3 ? g * (q / 3 + constant<V>(0.5)) : g);
+    return q <= -3 ? zero : (q < 3 ? g * (q * constant<V>(1.0 / 3) + constant<V>(0.5)) : g);
   } else if constexpr (A == Activation::LeakyRelu) {
     return q > 0 ? g : g * constant<V>(kLeakySlope);
   } else if constexpr (A == Activation::Tanh) {
@@ -73,7 +82,7 @@ SE_EXT_INLINE V gradient(V g, V q) {
     return g * (q * (1 - q));
   } else {
     static_assert(A == Activation::Hardsigmoid);
-    return q > 0 ? (q < 1 ? g / 6 : zero) : zero;
+    return q > 0 ? (q < 1 ? g * constant<V>(kSixth) : zero) : zero;
   }
 }
 
@@ -81,9 +90,7 @@ SE_EXT_INLINE V gradient(V g, V q) {
 template <Activation A, class V>
 SE_EXT_INLINE void value_and_slope(V v, V& u, V& slope) {
   if constexpr (A == Activation::Silu) {
-    const V sig = sigmoid(v);
-    u = v * sig;
-    slope = sig + u * (1 - sig);
+    silu(v, u, slope);
   } else {
     u = activate<A>(v);
     slope = gradient<A>(constant<V>(1), slope_from_output(A) ? u : v);

@@ -88,6 +88,44 @@ SE_EXT_INLINE To bit_cast(From from) {
   return to;
 }
 
+// limit < x ? limit : x, and limit > x ? limit : x, as the one instruction that the comparison's NaN rules keep the
+// compiler from using: a NaN x stays.
+#if defined(__AVX512F__)
+SE_EXT_INLINE vfloat at_most(vfloat limit, vfloat x) {
+  return (vfloat)_mm512_min_ps((__m512)limit, (__m512)x);
+}
+SE_EXT_INLINE vfloat at_least(vfloat limit, vfloat x) {
+  return (vfloat)_mm512_max_ps((__m512)limit, (__m512)x);
+}
+#elif defined(__AVX2__)
+SE_EXT_INLINE vfloat at_most(vfloat limit, vfloat x) {
+  return (vfloat)_mm256_min_ps((__m256)limit, (__m256)x);
+}
+SE_EXT_INLINE vfloat at_least(vfloat limit, vfloat x) {
+  return (vfloat)_mm256_max_ps((__m256)limit, (__m256)x);
+}
+#elif defined(__SSE2__)
+SE_EXT_INLINE vfloat at_most(vfloat limit, vfloat x) {
+  return (vfloat)_mm_min_ps((__m128)limit, (__m128)x);
+}
+SE_EXT_INLINE vfloat at_least(vfloat limit, vfloat x) {
+  return (vfloat)_mm_max_ps((__m128)limit, (__m128)x);
+}
+#else
+SE_EXT_INLINE vfloat at_most(vfloat limit, vfloat x) {
+  return limit < x ? limit : x;
+}
+SE_EXT_INLINE vfloat at_least(vfloat limit, vfloat x) {
+  return limit > x ? limit : x;
+}
+#endif
+SE_EXT_INLINE vdouble at_most(vdouble limit, vdouble x) {
+  return limit < x ? limit : x;
+}
+SE_EXT_INLINE vdouble at_least(vdouble limit, vdouble x) {
+  return limit > x ? limit : x;
+}
+
 // ---- raw registers: whole, and the first n lanes (the others read as zero) ----
 
 template <class V, class E>
