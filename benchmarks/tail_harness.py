@@ -19,7 +19,8 @@ import se_ext
 
 NETWORKS = ("seresnet50", "efficientnet_b0")
 BASELINES = ("eager_conv", "eager_linear", "compile", "compile_linear")
-ALLOWED = 1e-3  # six values in six million on the other side of a ReLU's kink: √(6 / 6e6)
+ALLOWED = 1e-3
+ALLOWED_FLIPS = 1e-5  # part of the values that may lie on the other side of the last ReLU's kink
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,17 @@ def make_step(module: nn.Module, x: Tensor, shortcut: Tensor, grad: Tensor, tail
     return step
 
 
+def distance(value: Tensor, truth: Tensor, output: Tensor, exact_output: Tensor) -> float:
+    """In the norm, relative to the truth's. Where a full-size value lies on another side of the last ReLU's kink than
+    in float64 it is left out, if these are few: no output is exactly 0 but by a ReLU, and elsewhere signs agree."""
+    value, truth = value.double().reshape(truth.shape), truth.double()
+    if truth.shape == output.shape:
+        agree = (output > 0) == (exact_output > 0)
+        if 1 - agree.double().mean() <= ALLOWED_FLIPS:
+            value, truth = value * agree, truth * agree
+    return ((value - truth).norm() / truth.norm()).item()
+
+
 def check(name: str, tail: Tail, problem: Problem, shortcut: Tensor, eager: Eager, fused: Fused) -> None:
     """Raises WrongResult if se_ext's output, a gradient or a running statistic is not the float64 formula's."""
     exact_module = copy.deepcopy(eager).double()
@@ -157,6 +169,6 @@ def check(name: str, tail: Tail, problem: Problem, shortcut: Tensor, eager: Eage
         raise WrongResult(f"{name} {problem.workload.name}: output has strides {found['output'].stride()}")
     for key, value in found.items():
         truth = exact[key.removeprefix("module.")]
-        error = ((value.double().reshape(truth.shape) - truth).norm() / truth.norm()).item()
+        error = distance(value, truth, found["output"], exact["output"])
         if not error <= ALLOWED:
             raise WrongResult(f"{name} {problem.workload.name} {problem.layout}: {key} off by {error:.2e} in the norm")

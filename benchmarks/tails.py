@@ -20,7 +20,7 @@ METHOD = (
     "forward + backward in training mode, gradients for the map, the shortcut and every weight; bias_silu_se is "
     "inference. Eager writes the activations and the shortcut's sum in place, as timm does. Compile time is not "
     "included. se_ext's output, gradients and running statistics matched the float64 formula on the same data before "
-    "timing, within 0.1 % in the Euclidean norm (of millions of values a few lie on another side of a ReLU's kink). "
+    "timing, within 0.1 % in the Euclidean norm (but for a few in a million values, on another side of a ReLU's kink). "
     "other_cpu_share is the part of all CPU time that other programs used."
 )
 
