@@ -329,6 +329,22 @@ def test_against_float64_on_real_shapes(shape, channels_last):
     assert_close(y, exact, torch.float32, shape[0] * shape[2] * shape[3])
 
 
+@pytest.mark.parametrize("pre", ["identity", "silu"])
+def test_a_shortcut_s_gradient_without_an_activation(pre):
+    """Autograd hands the gradient itself on and never asks for it; the op gives it all the same."""
+    x, weight, bias, *w, shortcut = make_case((3, 8, 5, 4), requires_grad=False)
+    names = (pre, "relu", "sigmoid")
+    _, mean, _, *small = torch.ops.se_ext._bn_squeeze_excite_forward(
+        x, weight, bias, *w, True, 1e-5, *names, shortcut, "identity", None
+    )
+    grad = torch.randn_like(x)
+    given = (grad, x, weight, bias, *w, mean, *small, None, None, True, 1e-5, *names, "identity")
+    all_but_one = torch.ops.se_ext._bn_squeeze_excite_backward(*given, [True] * 7 + [False])
+    *others, of_shortcut = torch.ops.se_ext._bn_squeeze_excite_backward(*given, [True] * 8)
+    assert torch.equal(of_shortcut, grad)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(others, all_but_one, strict=False))
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", [(8, 256, 56, 56), (8, 128, 55, 57)], ids=str)
