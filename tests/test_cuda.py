@@ -218,8 +218,9 @@ def test_the_host_does_not_wait(call, channels_last):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_training_step_of_the_module_does_not_wait():
-    tail = se_ext.BatchNormSqueezeExcitation(SHAPE[1], HIDDEN, post_activation=nn.ReLU)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_training_step_of_the_module_does_not_wait(momentum):
+    tail = se_ext.BatchNormSqueezeExcitation(SHAPE[1], HIDDEN, post_activation=nn.ReLU, momentum=momentum)
     x, residual, grad = (make_map(SHAPE) for _ in range(3))
     tail(x, residual).backward(grad)
     torch.cuda.synchronize()
