@@ -208,6 +208,8 @@ void placement(const char* op, Arguments arguments) {
 
 void running_statistic(const char* op, const char* name, const OptionalTensor& statistic, const Tensor& input) {
   if (!statistic.has_value() || input.dim() < 2) return;  // what is wrong with input is said elsewhere
+  device(op, name, *statistic, input);
+  floating(op, name, *statistic);
   shape(op, name, *statistic, {input.sym_size(1)});
 }
 

@@ -43,7 +43,7 @@ void bn_squeeze_excite(const char* op, const at::Tensor& input, const Prologue& 
                        const OptionalTensor& residual, std::string_view post_activation,
                        const OptionalTensor& drop_scale);
 
-// A running statistic of a batch norm, where there is one: one value per channel.
+// A running statistic of a batch norm, where there is one: one value per channel, of any floating type.
 void running_statistic(const char* op, const char* name, const OptionalTensor& statistic, const at::Tensor& input);
 
 // A tensor argument by its name; nothing is asked of one that is absent.

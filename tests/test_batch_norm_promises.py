@@ -254,10 +254,15 @@ ERRORS = {
         r"expected running_var of shape \[8\], got \[\]",
         lambda x, v: {"running_var": v[0]},
     ),
+    "running_var of integers": (
+        TypeError,
+        "expected running_var of dtype float32, float64, bfloat16 or float16, got int64",
+        lambda x, v: {"running_var": v.long()},
+    ),
     "no statistics": (
         RuntimeError,
         "expected running_mean and running_var when training is False",
-        lambda x, v: {"training": False},
+        lambda x, v: {"training": False, "running_mean": None, "running_var": None},
     ),
 }
 
@@ -268,12 +273,22 @@ def test_errors(name):
     changed = change(torch.randn(2, 8, 3, 3), torch.rand(8))
     weights = [torch.randn(4, 8), None, torch.randn(8, 4), None]
     names = ("input", "bn_weight", "bn_bias", "running_mean", "running_var", "w1", "b1", "w2", "b2")
-    good = (torch.randn(2, 8, 3, 3), None, None, None, None, *weights)
+    running = (torch.zeros(8), torch.ones(8))
+    good = (torch.randn(2, 8, 3, 3), None, None, *running, *weights)
     given = dict(zip(names, good, strict=True)) | {"training": True} | changed
-    statistic = changed.get("running_mean", torch.zeros(8)).clone()
     with pytest.raises(kind, match=f"^bn_squeeze_excite: {message}"):
         se_ext.bn_squeeze_excite(**given)
     meta = {key: t.to("meta") if isinstance(t, Tensor) else t for key, t in given.items()}
     with pytest.raises(kind, match=f"^bn_squeeze_excite: {message}"):
         se_ext.bn_squeeze_excite(**meta)
-    assert torch.equal(statistic, changed.get("running_mean", torch.zeros(8)))
+    assert torch.equal(running[0], torch.zeros(8))  # nothing was touched
+    assert torch.equal(running[1], torch.ones(8))
+
+
+def test_a_statistic_elsewhere_is_an_error_before_anything_is_touched():
+    tail = se_ext.BatchNormSqueezeExcitation(8, 4)
+    tail.bn.running_var = tail.bn.running_var.to("meta")
+    with pytest.raises(RuntimeError, match=r"^bn_squeeze_excite: expected running_var on device cpu, got meta"):
+        tail(torch.randn(2, 8, 3, 3))
+    assert int(tail.bn.num_batches_tracked) == 0
+    assert torch.equal(tail.bn.running_mean, torch.zeros(8))
