@@ -61,7 +61,7 @@ struct Rescale {
 // The backward of Rescale on one sample, g = dL/dy. `saved` is y where slope_from_output(post), else the residual;
 // null where there was no residual (v = scale ⊙ x is then recomputed).
 //   gv = g ⊙ post'(v)     gx = gv ⊙ scale + grad_mean     grad_residual = gv
-// grad_mean [C], the gradient that comes back through the squeeze, is already divided by P; may be null.
+// grad_mean [C], the gradient that comes back through the squeeze, is already divided by P; zeros where there is none.
 struct RescaleBackward {
   const void* grad;
   const void* x;
@@ -105,7 +105,7 @@ struct AffineBackward {
   const void* scale;
   const void* saved;
   const void* grad_mean;
-  const void* center;  // sums are taken of gp ⊙ (x - center); null: of gp ⊙ x
+  const void* center;  // sums are taken of gp ⊙ (x - center)
   const void* factor;
   const void* slope;  // null: no term in x
   const void* offset;

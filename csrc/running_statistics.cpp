@@ -3,6 +3,7 @@
 // dozen operators on [C] vectors, called one by one from Python, take as long as the kernels do on a small map.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "allocate.h"
@@ -26,17 +27,78 @@ std::pair<Tensor, Tensor> fold(const OptionalTensor& weight, const OptionalTenso
   return {a, bias.has_value() ? bias->to(type) - product : at::neg(product)};
 }
 
-// running += part · (of_batch - running), part being momentum, or 1 / batches where there is none.
-void update(const Tensor& running, const Tensor& of_batch, std::optional<double> momentum,
-            const OptionalTensor& batches) {
+// What training updates: running += part · (of_batch - running), part being momentum, or 1 / batches where there is
+// none; batches counts.
+struct Running {
+  OptionalTensor mean, var, batches;
+  std::optional<double> momentum;
+
+  bool moves() const { return momentum.has_value() || batches.has_value(); }
+};
+
+void move(const Tensor& running, const Tensor& of_batch, const Running& r) {
   const auto moved = [&](auto&& lerp) {
-    return momentum.has_value() ? lerp(at::Scalar(*momentum))
-                                : lerp(at::reciprocal(batches->to(of_batch.scalar_type())));
+    return r.momentum.has_value() ? lerp(at::Scalar(*r.momentum))
+                                  : lerp(at::reciprocal(r.batches->to(of_batch.scalar_type())));
   };
   if (running.scalar_type() == of_batch.scalar_type()) {
     moved([&](const auto& part) { return running.lerp_(of_batch, part); });
   } else {
     running.copy_(moved([&](const auto& part) { return running.to(of_batch.scalar_type()).lerp_(of_batch, part); }));
+  }
+}
+
+// values: of each channel in the batch; var is biased.
+void update(const Running& r, const Tensor& mean, const Tensor& var, const c10::SymInt& values) {
+  if (r.batches.has_value()) r.batches->add_(1);
+  if (!r.moves() || !(values > 1)) return;
+  if (r.mean.has_value()) move(*r.mean, mean, r);
+  if (r.var.has_value()) {
+    const c10::SymFloat unbiased = static_cast<c10::SymFloat>(values) / static_cast<c10::SymFloat>(values - 1);
+    move(*r.var, var * at::Scalar(unbiased), r);
+  }
+}
+
+// Whether an operator on `t` would run the CPU's kernel and nothing else: modes, transforms, tracers and subclasses of
+// Tensor have dispatch keys of their own, and what may not be written has to get ATen's error.
+bool is_plain(const Tensor& t, at::ScalarType type) {
+  constexpr c10::DispatchKeySet keys({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                      c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  return t.key_set() == keys && !t.requires_grad() && t.is_contiguous() && t.scalar_type() == type;
+}
+bool is_plain(const OptionalTensor& t, at::ScalarType type) {
+  return !t.has_value() || is_plain(*t, type);
+}
+bool is_plain(const Running& r, const Tensor& mean, const Tensor& var) {
+  constexpr auto harmless = c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::AutocastCPU);
+  const auto type = mean.scalar_type();
+  return (c10::impl::tls_local_dispatch_key_set().included_ - harmless).empty() && is_plain(mean, type) &&
+         is_plain(var, type) && is_plain(r.mean, type) && is_plain(r.var, type) && is_plain(r.batches, at::kLong);
+}
+
+// The same on plain tensors in plain loops: five operators take longer than a few hundred values do.
+template <class A>
+void update_in_loops(const Running& r, const Tensor& mean, const Tensor& var, std::int64_t values) {
+  const auto written = [](const Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); };
+  if (r.batches.has_value()) {
+    ++*r.batches->mutable_data_ptr<std::int64_t>();
+    written(*r.batches);
+  }
+  if (!r.moves() || values <= 1) return;
+  const double of_batches = r.batches.has_value() ? 1.0 / *r.batches->const_data_ptr<std::int64_t>() : 0;
+  const A part = static_cast<A>(r.momentum.value_or(of_batches));
+  const auto move_all = [&](const Tensor& running, const Tensor& of_batch, A factor) {
+    A* to = running.mutable_data_ptr<A>();
+    const A* from = of_batch.const_data_ptr<A>();
+    for (std::int64_t c = 0; c < running.numel(); ++c) {  // at::lerp's two forms
+      const A off = from[c] * factor - to[c];
+      to[c] = part < A(0.5) ? to[c] + part * off : from[c] * factor - off * (1 - part);
+    }
+    written(running);
+  };
+  if (r.mean.has_value()) move_all(*r.mean, mean, 1);
+  if (r.var.has_value()) {
+    move_all(*r.var, var, static_cast<A>(static_cast<double>(values) / static_cast<double>(values - 1)));
   }
 }
 
@@ -60,14 +122,15 @@ Tensor with_running_statistics(const Tensor& input, const OptionalTensor& weight
   const auto [output, mean, var] =
       ops::bn_squeeze_excite().call(input, weight, bias, w1, b1, w2, b2, /*batch_statistics=*/true, eps, pre_activation,
                                     activation, gate, residual, post_activation, drop_scale);
-  if (batches.has_value()) batches->add_(1);
+  const Running running{running_mean, running_var, batches, momentum};
   const c10::SymInt values = input.sym_numel() / input.sym_size(1).max(1);  // per channel
-  if (values > 1 && (momentum.has_value() || batches.has_value())) {
-    if (running_mean.has_value()) update(*running_mean, mean, momentum, batches);
-    if (running_var.has_value()) {
-      const c10::SymFloat unbiased = static_cast<c10::SymFloat>(values) / static_cast<c10::SymFloat>(values - 1);
-      update(*running_var, var * at::Scalar(unbiased), momentum, batches);
-    }
+  const auto known = values.maybe_as_int();
+  if (!known.has_value() || !is_plain(running, mean, var)) {
+    update(running, mean, var, values);
+  } else if (mean.scalar_type() == at::kDouble) {
+    update_in_loops<double>(running, mean, var, *known);
+  } else {
+    update_in_loops<float>(running, mean, var, *known);
   }
   return output;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ACTIVATIONS, DTYPES, HALF, assert_close, check_against_float64, make_map, make_weights
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import se_ext
 from se_ext import reference
@@ -187,6 +189,56 @@ def test_running_statistics_are_those_of_batch_norm(dtype, options):
     before = {name: buffer.clone() for name, buffer in tail.bn.named_buffers()}
     tail.eval()(x)
     assert all(torch.equal(buffer, before[name]) for name, buffer in tail.bn.named_buffers())
+
+
+class Watch(TorchDispatchMode):
+    """Lists the operators that run, and changes none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.7}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_dispatch_mode_sees_running_statistics_change(dtype, options):
+    """Without a mode they are updated by a plain loop, to the same values."""
+    tail = se_ext.BatchNormSqueezeExcitation(12, 4, **options).to(dtype)
+    watched = copy.deepcopy(tail)
+    for _ in range(3):
+        x = make_map((4, 12, 5, 6), dtype)
+        tail(x)
+        with Watch() as watch:
+            watched(x)
+        assert watch.names.count("aten::lerp_") == 2
+    rtol = 4 * torch.finfo(dtype).eps
+    for (name, ours), theirs in zip(tail.bn.named_buffers(), watched.bn.buffers(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=rtol, atol=rtol), name
+
+
+def test_autograd_notices_that_running_statistics_changed():
+    tail = se_ext.BatchNormSqueezeExcitation(12, 4)
+    factor = torch.ones(12, requires_grad=True)
+    for name in ("running_mean", "running_var"):
+        kept = factor * getattr(tail.bn, name)  # saves the statistic for backward
+        tail(make_map((4, 12, 5, 6)))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            kept.sum().backward()
+
+
+def test_running_statistics_of_any_strides_are_updated():
+    tail, plain = se_ext.BatchNormSqueezeExcitation(12, 4), nn.BatchNorm2d(12)
+    for statistic, start in (("running_mean", torch.zeros(24)), ("running_var", torch.ones(24))):
+        tail.bn._buffers[statistic] = start[::2]
+    x = make_map((4, 12, 5, 6))
+    tail(x)
+    plain(x)
+    for name in ("running_mean", "running_var"):
+        assert torch.allclose(getattr(tail.bn, name), getattr(plain, name), rtol=1e-6, atol=1e-6), name
 
 
 def test_without_running_statistics_the_batch_s_are_used_in_evaluation_too():

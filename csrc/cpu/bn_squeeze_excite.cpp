@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
                           eff_at.at(n * C),
                           kept_at.at(n * slab),
                           gz_at.at(n * C),
-                          norm.mean,
+                          batch_statistics ? norm.mean : batch_offset_at.base,  // else it is zeros
                           is_identity ? sa_at.at(n * C) : a_at.base,
                           slope,
                           is_identity ? offset_at.at(n * C) : batch_offset_at.base,

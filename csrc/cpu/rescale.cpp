@@ -63,9 +63,12 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
   const Tensor kept = saved.has_value() ? x.in_my_layout(*saved) : Tensor();
   const Schedule schedule = Schedule::of(x, 3, 0);
   Reduction tiles(x, schedule, type);
-  Scratch scratch(tiles.scratch_items(), 1, input.options().dtype(type));
+  const std::int64_t C = x.slab.channels;
+  Scratch scratch(tiles.scratch_items() + C, 2, input.options().dtype(type));
   tiles.use(scratch.take(tiles.scratch_items()));
-  const Tensor grad_scale = empty_matrix(x.samples, x.slab.channels, input, type);
+  const Pointer no_mean_at = scratch.take(C);
+  std::memset(no_mean_at.base, 0, C * no_mean_at.item_bytes);
+  const Tensor grad_scale = empty_matrix(x.samples, C, input, type);
   Tensor grad_input = mask[0] ? empty_map_like(x.tensor) : Tensor();
   Tensor grad_residual = mask[2] ? empty_map_like(x.tensor) : Tensor();
 
@@ -74,9 +77,9 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
   const std::int64_t slab = x.slab_elements();
   const Activation post = parse_activation("rescale", "post_activation", post_activation);
   const auto at_sample = [&](std::int64_t n) {
-    return RescaleBackward{g_at.at(n * slab),    x.sample(n), s_at.at(n * x.slab.channels),
-                           kept_at.at(n * slab), nullptr,     gx_at.at(n * slab),
-                           gr_at.at(n * slab),   post,        schedule.streaming};
+    return RescaleBackward{g_at.at(n * slab), x.sample(n),        s_at.at(n * C),     kept_at.at(n * slab),
+                           no_mean_at.base,   gx_at.at(n * slab), gr_at.at(n * slab), post,
+                           schedule.streaming};
   };
 
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];

@@ -179,8 +179,21 @@ void affine_rescale(const Slab& slab, Tile tile, const AffineRescale& r) {
   });
 }
 
+// f(has_saved), a bool that is compiled in where post is.
+template <class Post, class F>
+SE_EXT_INLINE void dispatch_saved(const AffineBackward& r, F&& f) {
+  const bool has_saved = r.saved;
+  if constexpr (Post::kIdentity) {
+    f(std::false_type{});
+  } else if constexpr (!Post::kCheap) {
+    f(has_saved);
+  } else {
+    has_saved ? f(std::true_type{}) : f(std::false_type{});
+  }
+}
+
 // gv = g ⊙ post'(v) at one register, and what lies on the way to it.
-template <class T, Layout layout, class Pre, class Post>
+template <class T, Layout layout, class Pre, class Post, class HasSaved>
 struct AffineGradient {
   using A = acc_t<T>;
   struct Values {
@@ -189,12 +202,15 @@ struct AffineGradient {
 
   Pre pre;
   Post post;
+  HasSaved has_saved;
   const T *grad, *x, *saved;
   PerChannel<layout, A> a, b, scale;
 
-  SE_EXT_ALWAYS_INLINE AffineGradient(Pre pre_, Post post_, const AffineBackward& r, Channels channels)
+  SE_EXT_ALWAYS_INLINE AffineGradient(Pre pre_, Post post_, HasSaved has_saved_, const AffineBackward& r,
+                                      Channels channels)
       : pre(pre_),
         post(post_),
+        has_saved(has_saved_),
         grad(static_cast<const T*>(r.grad)),
         x(static_cast<const T*>(r.map.x)),
         saved(static_cast<const T*>(r.saved)),
@@ -215,12 +231,12 @@ struct AffineGradient {
     const Vec<A> g = load(grad + i, lanes);
     if constexpr (Post::kIdentity) {
       r.gv = g;
-    } else if (saved && post.slope_from_output()) {
+    } else if (has_saved && post.slope_from_output()) {
       r.gv = post.gradient(g, load(saved + i, lanes));
     } else {
       Vec<A> v = r.u;
       if constexpr (!Pre::kIdentity) v *= scale.at(c, lanes);
-      if (saved) v += load(saved + i, lanes);
+      if (has_saved) v += load(saved + i, lanes);
       r.gv = post.gradient(g, post.slope_from_output() ? post.value(v) : v);
     }
     return r;
@@ -302,24 +318,26 @@ void affine_backward_sums(const Slab& slab, Tile tile, const AffineBackward& r, 
   dispatch_affine<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
     using Pre = decltype(pre);
     using Post = decltype(post);
-    dispatch_keeping<T, Pre, Post>(slab, tile, r, [&](auto keep) SE_EXT_ALWAYS_INLINE {
-      constexpr bool kCheap = Pre::kCheap && std::is_same_v<decltype(keep), KeepNothing>;
-      sum_tile<layout, kCheap>(slab, tile, static_cast<A*>(sums), [&](Channels channels) SE_EXT_ALWAYS_INLINE {
-        return [keep, gradient = AffineGradient<T, layout, Pre, Post>(pre, post, r, channels),
-                center = PerChannel<layout, A>(static_cast<const A*>(r.center), channels)](
-                   std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-          const auto found = gradient.at(i, c, lanes);
-          const Vec<A> off = found.x - center.at(c, lanes);
-          if constexpr (Pre::kIdentity) {
-            keep(i, found.gv, found.gv, lanes);
-            return Sums<A, 2>{{found.gv, found.gv * off}};
-          } else {
-            const Vec<A> gd = gradient.through_pre(found.gv, found);
-            const Vec<A> d = gradient.through_pre(broadcast<A>(1), found);
-            keep(i, d, found.gv, lanes);
-            return Sums<A, 5>{{found.gv * found.u, gd, d, gd * off, d * off}};
-          }
-        };
+    dispatch_saved<Post>(r, [&](auto has_saved) SE_EXT_ALWAYS_INLINE {
+      dispatch_keeping<T, Pre, Post>(slab, tile, r, [&](auto keep) SE_EXT_ALWAYS_INLINE {
+        using Gradient = AffineGradient<T, layout, Pre, Post, decltype(has_saved)>;
+        sum_tile<layout>(slab, tile, static_cast<A*>(sums), [&](Channels channels) SE_EXT_ALWAYS_INLINE {
+          return [keep, gradient = Gradient(pre, post, has_saved, r, channels),
+                  center = PerChannel<layout, A>(static_cast<const A*>(r.center), channels)](
+                     std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+            const auto found = gradient.at(i, c, lanes);
+            const Vec<A> off = found.x - center.at(c, lanes);
+            if constexpr (Pre::kIdentity) {
+              keep(i, found.gv, found.gv, lanes);
+              return Sums<A, 2>{{found.gv, found.gv * off}};
+            } else {
+              const Vec<A> gd = gradient.through_pre(found.gv, found);
+              const Vec<A> d = gradient.through_pre(broadcast<A>(1), found);
+              keep(i, d, found.gv, lanes);
+              return Sums<A, 5>{{found.gv * found.u, gd, d, gd * off, d * off}};
+            }
+          };
+        });
       });
     });
   });
@@ -370,32 +388,35 @@ void affine_backward_apply(const Slab& slab, Tile tile, const AffineBackward& r)
     struct Both {
       Vec<A> grad_x, grad_residual;
     };
-    const auto both = [&](Channels channels) SE_EXT_ALWAYS_INLINE {
-      // In place: these are too many registers for the compiler to see through a copy.
-      return [has_slope, gradient = AffineGradient<T, layout, decltype(pre), decltype(post)>(pre, post, r, channels),
-              mean = PerChannel<layout, A>(static_cast<const A*>(r.grad_mean), channels),
-              factor = PerChannel<layout, A>(static_cast<const A*>(r.factor), channels),
-              slope = PerChannel<layout, A>(static_cast<const A*>(r.slope), channels),
-              offset = PerChannel<layout, A>(static_cast<const A*>(r.offset), channels)](
-                 std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-        const auto found = gradient.at(i, c, lanes);
-        Vec<A> gx = factor.at(c, lanes) * gradient.at_p(found, mean, c, lanes) + offset.at(c, lanes);
-        if (has_slope) gx += slope.at(c, lanes) * found.x;
-        return Both{gx, found.gv};
+    dispatch_saved<decltype(post)>(r, [&](auto has_saved) SE_EXT_ALWAYS_INLINE {
+      using Gradient = AffineGradient<T, layout, decltype(pre), decltype(post), decltype(has_saved)>;
+      const auto both = [&](Channels channels) SE_EXT_ALWAYS_INLINE {
+        // In place: these are too many registers for the compiler to see through a copy.
+        return [has_slope, gradient = Gradient(pre, post, has_saved, r, channels),
+                mean = PerChannel<layout, A>(static_cast<const A*>(r.grad_mean), channels),
+                factor = PerChannel<layout, A>(static_cast<const A*>(r.factor), channels),
+                slope = PerChannel<layout, A>(static_cast<const A*>(r.slope), channels),
+                offset = PerChannel<layout, A>(static_cast<const A*>(r.offset), channels)](
+                   std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+          const auto found = gradient.at(i, c, lanes);
+          Vec<A> gx = factor.at(c, lanes) * gradient.at_p(found, mean, c, lanes) + offset.at(c, lanes);
+          if (has_slope) gx += slope.at(c, lanes) * found.x;
+          return Both{gx, found.gv};
+        };
       };
-    };
-    if (grad_residual) {
-      visit_tile<layout, A, kCheap>(slab, tile, both, [=](std::int64_t i, Both v, auto lanes) SE_EXT_ALWAYS_INLINE {
-        if (grad_x) store(grad_x + i, v.grad_x, lanes);
-        store(grad_residual + i, v.grad_residual, lanes);
-      });
-    } else {
-      const auto alone = [&](Channels channels) SE_EXT_ALWAYS_INLINE {
-        return [compute = both(channels)](std::int64_t i, std::int64_t c, auto lanes)
-                   SE_EXT_ALWAYS_INLINE { return compute(i, c, lanes).grad_x; };
-      };
-      write_tile<layout, kCheap>(slab, tile, grad_x, r.streaming, alone);
-    }
+      if (grad_residual) {
+        visit_tile<layout, A, kCheap>(slab, tile, both, [=](std::int64_t i, Both v, auto lanes) SE_EXT_ALWAYS_INLINE {
+          if (grad_x) store(grad_x + i, v.grad_x, lanes);
+          store(grad_residual + i, v.grad_residual, lanes);
+        });
+      } else {
+        const auto alone = [&](Channels channels) SE_EXT_ALWAYS_INLINE {
+          return [compute = both(channels)](std::int64_t i, std::int64_t c, auto lanes)
+                     SE_EXT_ALWAYS_INLINE { return compute(i, c, lanes).grad_x; };
+        };
+        write_tile<layout, kCheap>(slab, tile, grad_x, r.streaming, alone);
+      }
+    });
   });
 }
 

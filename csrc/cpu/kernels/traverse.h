@@ -33,6 +33,7 @@ SE_EXT_INLINE void dispatch_layout(Layout layout, F&& f) {
 }
 
 // One value per channel: a register of copies of one (ChannelsFirst), or a register of neighbours (ChannelsLast).
+// `values` may only be null where at() is never called.
 template <Layout layout, class A>
 struct PerChannel;
 
@@ -56,7 +57,7 @@ struct PerChannel<Layout::ChannelsLast, A> {
   SE_EXT_ALWAYS_INLINE PerChannel(const A* values_, Channels) : values(values_) {}
   template <class L>
   inline SE_EXT_ALWAYS_INLINE Vec<A> at(std::int64_t channel, L lanes) const {
-    return values ? load(values + channel, lanes) : Vec<A>{};
+    return load(values + channel, lanes);
   }
 };
 
@@ -231,28 +232,17 @@ SE_EXT_INLINE void sum_band(std::int64_t C, Tile tile, std::int64_t c, A* sums, 
 
 // The same for all channels, sums in memory. Points are read one after the other, as they lie: a visitor that computes
 // much keeps the CPU from running ahead to a band's next points, which lie C apart and no prefetcher finds.
-template <class A, class S, bool kPairs, class Visitor>
+template <class A, class S, class Visitor>
 SE_EXT_INLINE void sum_points(std::int64_t C, Tile tile, A* sums, const Visitor& f) {
-  const auto add = [&](const S& value, bool is_first, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
+  const auto add = [&](const S& value, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
     for (int k = 0; k < kParts<A, S>; ++k) {
       A* to = sums + k * C + c;
-      store(to, is_first ? part<A>(value, k) : load(to, lanes) + part<A>(value, k), lanes);
+      store(to, load(to, lanes) + part<A>(value, k), lanes);
     }
   };
-  if (tile.begin == tile.end) {
-    for (std::int64_t i = 0; i < kParts<A, S> * C; ++i) sums[i] = 0;
-  }
-  std::int64_t p = tile.begin;
-  if constexpr (kPairs) {  // half of the sums' own loads and stores
-    for (; p + 2 <= tile.end; p += 2) {
-      for_lanes<A>(C, [&](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-        add(f(p * C + c, c, lanes) + f((p + 1) * C + c, c, lanes), p == tile.begin, c, lanes);
-      });
-    }
-  }
-  for (; p < tile.end; ++p) {
-    for_lanes<A>(C, [&](std::int64_t c, auto lanes)
-                        SE_EXT_ALWAYS_INLINE { add(f(p * C + c, c, lanes), p == tile.begin, c, lanes); });
+  for (std::int64_t i = 0; i < kParts<A, S> * C; ++i) sums[i] = 0;
+  for (std::int64_t p = tile.begin; p < tile.end; ++p) {
+    for_lanes<A>(C, [&](std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE { add(f(p * C + c, c, lanes), c, lanes); });
   }
 }
 
@@ -262,7 +252,7 @@ SE_EXT_INLINE void sum_columns(const Slab& slab, Tile tile, A* sums, Factory&& f
   const std::int64_t C = slab.channels;
   const auto f = factory(Channels{0});
   if constexpr (kParts<A, S> > 1 || !kCheap) {
-    sum_points<A, S, kCheap>(C, tile, sums, f);
+    sum_points<A, S>(C, tile, sums, f);
   } else {
     constexpr int L = kLanes<A>;
     std::int64_t c = 0;
