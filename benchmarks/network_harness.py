@@ -38,7 +38,7 @@ class Budget:
     """How long to measure a row: as many rounds as fit into `seconds`, but from `least` to `most`."""
 
     seconds: float = 8.0
-    least: int = 5
+    least: int = 9
     most: int = 40
 
 
