@@ -69,6 +69,8 @@ def test_a_training_step_allocates_results_and_gradients(tail, channels_last):
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_is_one_graph(tail, train, dynamic):
+    """With eager's results, to the bit; the running statistics, which eager updates in a loop of its own and the graph
+    by ATen's operators, to a rounding."""
     tail.train(train)
     state = {key: value.clone() for key, value in tail.state_dict().items()}
     compiled = torch.compile(tail, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -79,8 +81,11 @@ def test_compile_is_one_graph(tail, train, dynamic):
             tail.load_state_dict(state)
             y = form(*given)
             grads = torch.autograd.grad(y.square().sum(), [*given, *tail.parameters()])
-            found.append([y.detach(), *grads, *(b.clone() for b in tail.buffers())])
-        assert all(map(torch.equal, *found))
+            found.append(([y.detach(), *grads], [b.clone() for b in tail.buffers()]))
+        (eager, eager_buffers), (graph, graph_buffers) = found
+        assert all(map(torch.equal, eager, graph))
+        for ours, theirs in zip(eager_buffers, graph_buffers, strict=True):
+            assert torch.allclose(ours, theirs, rtol=4e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
