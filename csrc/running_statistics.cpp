@@ -1,6 +1,7 @@
 // bn_squeeze_excite as a module calls it: with running statistics, which training updates and evaluation reads. Written
 // in ATen operators and the op itself, so that autograd, autocast and torch.compile see those; in C++ because half a
-// dozen operators on [C] vectors, called one by one from Python, take as long as the kernels do on a small map.
+// dozen operators on [C] vectors, called one by one from Python, take as long as the kernels do on a small map. Where
+// nobody would see the operators that update, a loop takes their place.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -73,7 +74,8 @@ bool is_plain(const Running& r, const Tensor& mean, const Tensor& var) {
   constexpr auto harmless = c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::AutocastCPU);
   const auto type = mean.scalar_type();
   return (c10::impl::tls_local_dispatch_key_set().included_ - harmless).empty() && is_plain(mean, type) &&
-         is_plain(var, type) && is_plain(r.mean, type) && is_plain(r.var, type) && is_plain(r.batches, at::kLong);
+         is_plain(var, type) && is_plain(r.mean, type) && is_plain(r.var, type) && is_plain(r.batches, at::kLong) &&
+         (!r.batches.has_value() || r.batches->numel() == 1);
 }
 
 // The same on plain tensors in plain loops: five operators take longer than a few hundred values do.
