@@ -186,6 +186,15 @@ def tolerance(dtype: torch.dtype, summed: int = 1) -> float:
     return 8 * torch.finfo(dtype).eps + 4 * math.sqrt(summed) * torch.finfo(accumulate).eps
 
 
+def assert_moved_alike(before: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Of running statistics that moved once, before + part · off, by two routes: one may round the product (half an ulp
+    of what was moved) where the other fuses it into the sum, and the last roundings differ by an ulp. With part above a
+    half it is taken from the other end, by less than was moved."""
+    eps = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0
+    allowed = eps * theirs.abs() + eps / 2 * (theirs - before).abs()
+    assert ((ours - theirs).abs() <= allowed).all(), ((ours - theirs).abs() - allowed).max()
+
+
 def assert_close(actual: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, summed: int = 1) -> None:
     """Compares with a float64 result; see `tolerance`."""
     assert actual.shape == exact.shape
