@@ -48,6 +48,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
                                        cast.weight(drop_scale));
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const Tensor& input, const OptionalTensor& weight,
+                                                         const OptionalTensor& bias, bool batch_statistics, double eps,
+                                                         std::string_view activation) {
+  const Autocast cast(input);
+  return ops::_bn_activation().call(cast.map(input), cast.weight(weight), cast.weight(bias), batch_statistics, eps,
+                                    activation);
+}
+
 // The in-place ops are left out: they write into input, whose dtype has to stay.
 void register_all(torch::Library& m) {
   m.impl("squeeze", squeeze);
@@ -55,6 +63,7 @@ void register_all(torch::Library& m) {
   m.impl("rescale", rescale);
   m.impl("squeeze_excite", squeeze_excite);
   m.impl("bn_squeeze_excite", bn_squeeze_excite);
+  m.impl("_bn_activation", bn_activation);
 }
 
 TORCH_LIBRARY_IMPL(se_ext, AutocastCPU, m) {

@@ -237,6 +237,33 @@ struct BnSqueezeExcite : torch::autograd::Function<BnSqueezeExcite> {
   }
 };
 
+struct BnActivation : torch::autograd::Function<BnActivation> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
+                               const OptionalTensor& bias, bool batch_statistics, double eps,
+                               std::string_view activation) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, mean, var, inverse] =
+        ops::_bn_activation().call(input, weight, bias, batch_statistics, eps, activation);
+    ctx->save_for_backward({input, or_undefined(weight), or_undefined(bias), mean, inverse});
+    ctx->mark_non_differentiable({mean, var, inverse});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["batch_statistics"] = batch_statistics;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["activation"] = std::string(activation);
+    return {output, mean, var, inverse};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(6);
+    const auto s = ctx->get_saved_variables();
+    const auto mask = wanted<3>(ctx, {true, s[1].defined(), s[2].defined()});
+    auto [gx, gw, gb] = ops::_bn_activation_backward().call(
+        grads[0], s[0], optional(s[1]), optional(s[2]), s[3], s[4], ctx->saved_data["batch_statistics"].toBool(),
+        ctx->saved_data["eps"].toDouble(), ctx->saved_data["activation"].toStringView(), mask);
+    return {gx, gw, gb, Tensor(), Tensor(), Tensor()};
+  }
+};
+
 // ---- the kernels at the Autograd key: formula, recorded, or straight through ----
 
 Tensor squeeze(const Tensor& input) {
@@ -309,6 +336,21 @@ std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
   at::AutoDispatchBelowADInplaceOrView below;
   return ops::bn_squeeze_excite().call(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
                                        activation, gate, residual, post_activation, drop_scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const Tensor& input, const OptionalTensor& weight,
+                                                         const OptionalTensor& bias, bool batch_statistics, double eps,
+                                                         std::string_view activation) {
+  checks::placement("bn_activation", {{"input", input}, {"weight", weight}, {"bias", bias}});
+  if (needs_formula(input, weight, bias)) {
+    return composite::bn_activation(input, weight, bias, batch_statistics, eps, activation);
+  }
+  if (is_recorded(input, weight, bias)) {
+    auto outputs = BnActivation::apply(input, weight, bias, batch_statistics, eps, activation);
+    return {outputs[0], outputs[1], outputs[2], outputs[3]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::_bn_activation().call(input, weight, bias, batch_statistics, eps, activation);
 }
 
 Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
@@ -387,6 +429,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
                                                  eps, pre_activation, activation, gate, post_activation, mask);
 }
 
+std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_output, const Tensor& input,
+                                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                                          const Tensor& mean, const Tensor& inverse,
+                                                          bool batch_statistics, double eps,
+                                                          std::string_view activation, std::array<bool, 3> mask) {
+  if (is_recorded(grad_output, input, weight, bias) || has_tangents(grad_output, input, weight, bias)) {
+    return composite::bn_activation_backward(grad_output, input, weight, bias, batch_statistics, eps, activation, mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::_bn_activation_backward().call(grad_output, input, weight, bias, mean, inverse, batch_statistics, eps,
+                                             activation, mask);
+}
+
 TORCH_LIBRARY_IMPL(se_ext, Autograd, m) {
   m.impl("squeeze", squeeze);
   m.impl("excite", excite);
@@ -402,6 +457,8 @@ TORCH_LIBRARY_IMPL(se_ext, Autograd, m) {
   m.impl("bn_squeeze_excite", bn_squeeze_excite);
   m.impl("_bn_squeeze_excite_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_bn_squeeze_excite_backward", bn_squeeze_excite_backward);
+  m.impl("_bn_activation", bn_activation);
+  m.impl("_bn_activation_backward", bn_activation_backward);
 }
 
 // Counts the writes, so that autograd notices when a saved tensor was overwritten.

@@ -142,6 +142,14 @@ void tail(const char* op, const Tensor& input, const OptionalTensor& residual, s
   parse_activation(op, "post_activation", post_activation);
 }
 
+// Of each channel, for a batch norm that is training.
+void more_than_one_value(const char* op, const Tensor& input) {
+  c10::SymInt values = input.sym_size(0);
+  for (int64_t d = 2; d < input.dim(); ++d) values *= input.sym_size(d);
+  TORCH_CHECK_VALUE(values != 1, op, ": expected more than one value per channel when training, got input of shape ",
+                    input.sym_sizes());
+}
+
 // One value per channel, or per sample.
 void vector(const char* op, const char* name, const OptionalTensor& t, const Tensor& input, const c10::SymInt& size) {
   if (!t.has_value()) return;
@@ -189,11 +197,16 @@ void bn_squeeze_excite(const char* op, const Tensor& input, const Prologue& p, c
   tail(op, input, residual, post_activation);
   vector(op, "drop_scale", drop_scale, input, input.sym_size(0));
   parse_activation(op, "pre_activation", p.pre_activation);
-  if (!p.batch_statistics) return;
-  c10::SymInt values = input.sym_size(0);
-  for (int64_t d = 2; d < input.dim(); ++d) values *= input.sym_size(d);
-  TORCH_CHECK_VALUE(values != 1, op, ": expected more than one value per channel when training, got input of shape ",
-                    input.sym_sizes());
+  if (p.batch_statistics) more_than_one_value(op, input);
+}
+
+void bn_activation(const char* op, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                   bool batch_statistics, std::string_view activation) {
+  map(op, input);
+  vector(op, "weight", weight, input, input.sym_size(1));
+  vector(op, "bias", bias, input, input.sym_size(1));
+  parse_activation(op, "activation", activation);
+  if (batch_statistics) more_than_one_value(op, input);
 }
 
 void placement(const char* op, Arguments arguments) {

@@ -43,6 +43,9 @@ void bn_squeeze_excite(const char* op, const at::Tensor& input, const Prologue& 
                        const OptionalTensor& residual, std::string_view post_activation,
                        const OptionalTensor& drop_scale);
 
+void bn_activation(const char* op, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                   bool batch_statistics, std::string_view activation);
+
 // A running statistic of a batch norm, where there is one: one value per channel, of any floating type.
 void running_statistic(const char* op, const char* name, const OptionalTensor& statistic, const at::Tensor& input);
 

@@ -96,9 +96,10 @@ Tensor per_channel(const Tensor& v, const Tensor& x) {
   return v.to(accumulation_type(x.scalar_type())).view(shape);
 }
 
-// u = pre(weight ⊙ norm(x) + bias), and the batch's mean and biased variance, undefined where nothing is normalised.
+// u = pre(weight ⊙ norm(x) + bias), and the batch's mean, biased variance and 1 / sqrt(var + eps), undefined where
+// nothing is normalised.
 struct Prologue {
-  Tensor u, mean, var;
+  Tensor u, mean, var, inverse;
 };
 Prologue prologue(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, bool batch_statistics,
                   double eps, Activation pre) {
@@ -110,7 +111,8 @@ Prologue prologue(const Tensor& x, const OptionalTensor& weight, const OptionalT
     r.mean = r.u.mean(dims);
     const Tensor centered = r.u - per_channel(r.mean, x);
     r.var = (centered * centered).mean(dims);
-    r.u = centered * per_channel((r.var + eps).rsqrt(), x);
+    r.inverse = (r.var + eps).rsqrt();
+    r.u = centered * per_channel(r.inverse, x);
   }
   if (weight.has_value()) r.u = r.u * per_channel(*weight, x);
   if (bias.has_value()) r.u = r.u + per_channel(*bias, x);
@@ -302,6 +304,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
   return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const Tensor& input, const OptionalTensor& weight,
+                                                         const OptionalTensor& bias, bool batch_statistics, double eps,
+                                                         std::string_view activation) {
+  const char* op = "bn_activation";
+  checks::bn_activation(op, input, weight, bias, batch_statistics, activation);
+  const Prologue p =
+      prologue(input, weight, bias, batch_statistics, eps, parse_activation(op, "activation", activation));
+  const Tensor y = p.u.to(input.scalar_type());
+  if (batch_statistics) return {y, p.mean.detach(), p.var.detach(), p.inverse.detach()};
+  const auto none = [&] { return at::empty({0}, p.u.options()); };
+  return {y, none(), none(), none()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_output, const Tensor& input,
+                                                          const OptionalTensor& weight_, const OptionalTensor& bias_,
+                                                          bool batch_statistics, double eps,
+                                                          std::string_view activation, std::array<bool, 3> mask) {
+  const Recording recording;
+  const Tensor x = stand_in(input);
+  const OptionalTensor weight = stand_in(weight_), bias = stand_in(bias_);
+  const Tensor u =
+      prologue(x, weight, bias, batch_statistics, eps, parse_activation("bn_activation", "activation", activation)).u;
+  const auto g = gradients(recording, u, grad_output, {x, weight, bias}, std::vector<bool>(mask.begin(), mask.end()));
+  return {g[0], g[1], g[2]};
+}
+
 namespace {
 
 Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
@@ -323,6 +351,7 @@ TORCH_LIBRARY_IMPL(se_ext, CompositeExplicitAutograd, m) {
   m.impl("rescale", rescale);
   m.impl("squeeze_excite", squeeze_excite);
   m.impl("bn_squeeze_excite", bn_squeeze_excite);
+  m.impl("_bn_activation", bn_activation);
   m.impl("rescale_", rescale_);
   m.impl("squeeze_excite_", squeeze_excite_);
 }
@@ -363,6 +392,12 @@ TORCH_LIBRARY_IMPL(se_ext, FuncTorchDynamicLayerFrontMode, m) {
                                                pre_activation, activation, gate, cast.map(residual), post_activation,
                                                cast.weight(drop_scale));
          });
+  m.impl("_bn_activation", [](const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                              bool batch_statistics, double eps, std::string_view activation) {
+    const Autocast cast(input);
+    return composite::bn_activation(cast.map(input), cast.weight(weight), cast.weight(bias), batch_statistics, eps,
+                                    activation);
+  });
   m.impl("rescale_", rescale_);
   m.impl("squeeze_excite_", squeeze_excite_);
 }

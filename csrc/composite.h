@@ -49,4 +49,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
     const OptionalTensor& drop_scale, bool batch_statistics, double eps, std::string_view pre_activation,
     std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 8> mask);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const Tensor& input, const OptionalTensor& weight,
+                                                         const OptionalTensor& bias, bool batch_statistics, double eps,
+                                                         std::string_view activation);
+std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_output, const Tensor& input,
+                                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                                          bool batch_statistics, double eps,
+                                                          std::string_view activation, std::array<bool, 3> mask);
+
 }  // namespace se_ext::composite

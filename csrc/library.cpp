@@ -47,6 +47,18 @@ TORCH_LIBRARY(se_ext, m) {
       "str post_activation, Tensor? drop_scale) -> Tensor",
       functional);
 
+  // A batch norm and an activation without a block behind them, for the rest of a network:
+  // y = activation(weight ⊙ norm(input) + bias). Statistics as above, and inverse = 1 / sqrt(var + eps).
+  m.def(
+      "_bn_activation(Tensor input, Tensor? weight, Tensor? bias, bool batch_statistics, float eps, str activation) "
+      "-> (Tensor output, Tensor mean, Tensor var, Tensor inverse)",
+      functional);
+  m.def(
+      "_bn_activation_running(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
+      "str activation) -> Tensor",
+      functional);
+
   // In place, for inference.
   m.def(
       "rescale_(Tensor(a!) input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") "
@@ -94,5 +106,10 @@ TORCH_LIBRARY(se_ext, m) {
       "Tensor scale, Tensor? saved, Tensor? drop_scale, bool batch_statistics, float eps, str pre_activation, "
       "str activation, str gate, str post_activation, bool[8] mask) -> (Tensor input, Tensor bn_weight, "
       "Tensor bn_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor residual)",
+      functional);
+  m.def(
+      "_bn_activation_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor inverse, bool batch_statistics, float eps, str activation, bool[3] mask) "
+      "-> (Tensor input, Tensor weight, Tensor bias)",
       functional);
 }

@@ -167,6 +167,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
           mask[7] ? empty_map_like(input) : Tensor()};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const Tensor& input, const OptionalTensor& weight,
+                                                         const OptionalTensor& bias, bool batch_statistics, double,
+                                                         std::string_view activation) {
+  checks::bn_activation("bn_activation", input, weight, bias, batch_statistics, activation);
+  const c10::SymInt channels = batch_statistics ? input.sym_size(1) : c10::SymInt(0);
+  const auto options = input.options().dtype(accumulation_type(input.scalar_type()));
+  const auto statistic = [&] { return at::empty_symint({channels}, options); };
+  return {empty_map_like(input), statistic(), statistic(), statistic()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_output, const Tensor& input,
+                                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                                          const Tensor&, const Tensor&, bool batch_statistics, double,
+                                                          std::string_view activation, std::array<bool, 3> mask) {
+  checks::bn_activation("bn_activation", input, weight, bias, batch_statistics, activation);
+  checks::same_shape("bn_activation", "grad_output", grad_output, input);
+  return {mask[0] ? empty_map_like(input) : Tensor(), empty_if(mask[1], weight), empty_if(mask[2], bias)};
+}
+
 TORCH_LIBRARY_IMPL(se_ext, Meta, m) {
   m.impl("squeeze", squeeze);
   m.impl("excite", excite);
@@ -182,6 +201,8 @@ TORCH_LIBRARY_IMPL(se_ext, Meta, m) {
   m.impl("bn_squeeze_excite", bn_squeeze_excite);
   m.impl("_bn_squeeze_excite_forward", bn_squeeze_excite_forward);
   m.impl("_bn_squeeze_excite_backward", bn_squeeze_excite_backward);
+  m.impl("_bn_activation", bn_activation);
+  m.impl("_bn_activation_backward", bn_activation_backward);
 }
 
 }  // namespace

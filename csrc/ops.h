@@ -71,6 +71,14 @@ SE_EXT_OP(_bn_squeeze_excite_backward,
               const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, bool, double,
               std::string_view, std::string_view, std::string_view, std::string_view, std::array<bool, 8>))
 
+SE_EXT_OP(_bn_activation,
+          std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, bool,
+                                                     double, std::string_view))
+SE_EXT_OP(_bn_activation_backward,
+          std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                             const Tensor&, const Tensor&, bool, double, std::string_view,
+                                             std::array<bool, 3>))
+
 #undef SE_EXT_OP
 
 }  // namespace se_ext::ops

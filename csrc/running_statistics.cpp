@@ -1,7 +1,7 @@
-// bn_squeeze_excite as a module calls it: with running statistics, which training updates and evaluation reads. Written
-// in ATen operators and the op itself, so that autograd, autocast and torch.compile see those; in C++ because half a
-// dozen operators on [C] vectors, called one by one from Python, take as long as the kernels do on a small map. Where
-// nobody would see the operators that update, a loop takes their place.
+// The ops with a batch norm as a module calls them: with running statistics, which training updates and evaluation
+// reads. Written in ATen operators and the op itself, so that autograd, autocast and torch.compile see those; in C++
+// because half a dozen operators on [C] vectors, called one by one from Python, take as long as the kernels do on a
+// small map. Where nobody would see the operators that update, a loop takes their place.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -15,8 +15,6 @@ namespace {
 
 using at::Tensor;
 using checks::OptionalTensor;
-
-constexpr const char* kOp = "bn_squeeze_excite";
 
 // What the batch norm is with given statistics: a = weight / sqrt(var + eps), b = bias - mean a, [C], in the
 // accumulation type. Gradients flow to weight and bias.
@@ -104,27 +102,8 @@ void update_in_loops(const Running& r, const Tensor& mean, const Tensor& var, st
   }
 }
 
-Tensor with_running_statistics(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                               const OptionalTensor& batches, const Tensor& w1, const OptionalTensor& b1,
-                               const Tensor& w2, const OptionalTensor& b2, bool training,
-                               std::optional<double> momentum, double eps, std::string_view pre_activation,
-                               std::string_view activation, std::string_view gate, const OptionalTensor& residual,
-                               std::string_view post_activation, const OptionalTensor& drop_scale) {
-  checks::running_statistic(kOp, "running_mean", running_mean, input);
-  checks::running_statistic(kOp, "running_var", running_var, input);
-  if (!training) {
-    TORCH_CHECK(running_mean.has_value() && running_var.has_value(), kOp,
-                ": expected running_mean and running_var when training is False, got None");
-    const auto [a, b] = fold(weight, bias, *running_mean, *running_var, eps, accumulation_type(input.scalar_type()));
-    return std::get<0>(ops::bn_squeeze_excite().call(input, a, b, w1, b1, w2, b2, /*batch_statistics=*/false, eps,
-                                                     pre_activation, activation, gate, residual, post_activation,
-                                                     drop_scale));
-  }
-  const auto [output, mean, var] =
-      ops::bn_squeeze_excite().call(input, weight, bias, w1, b1, w2, b2, /*batch_statistics=*/true, eps, pre_activation,
-                                    activation, gate, residual, post_activation, drop_scale);
-  const Running running{running_mean, running_var, batches, momentum};
+// By the statistics of a batch `input`.
+void update(const Running& running, const Tensor& input, const Tensor& mean, const Tensor& var) {
   const c10::SymInt values = input.sym_numel() / input.sym_size(1).max(1);  // per channel
   const auto known = values.maybe_as_int();
   if (!known.has_value() || !is_plain(running, mean, var)) {
@@ -134,15 +113,68 @@ Tensor with_running_statistics(const Tensor& input, const OptionalTensor& weight
   } else {
     update_in_loops<float>(running, mean, var, *known);
   }
-  return output;
+}
+
+// A batch norm's vectors and statistics, as a module holds them.
+struct BatchNorm {
+  const OptionalTensor &weight, &bias;
+  Running running;
+  bool training;
+  double eps;
+};
+
+// call(weight, bias, batch_statistics) is the op on the batch norm's weight and bias where it is training, else on what
+// they and the running statistics fold into; it returns the output and the statistics of the batch.
+template <class F>
+Tensor with_running_statistics(const char* op, const Tensor& input, const BatchNorm& bn, const F& call) {
+  const OptionalTensor &mean = bn.running.mean, &var = bn.running.var;
+  checks::running_statistic(op, "running_mean", mean, input);
+  checks::running_statistic(op, "running_var", var, input);
+  if (!bn.training) {
+    TORCH_CHECK(mean.has_value() && var.has_value(), op,
+                ": expected running_mean and running_var when training is False, got None");
+    const auto [a, b] = fold(bn.weight, bn.bias, *mean, *var, bn.eps, accumulation_type(input.scalar_type()));
+    return std::get<0>(call(a, b, /*batch_statistics=*/false));
+  }
+  const auto found = call(bn.weight, bn.bias, /*batch_statistics=*/true);
+  update(bn.running, input, std::get<1>(found), std::get<2>(found));
+  return std::get<0>(found);
+}
+
+Tensor bn_squeeze_excite(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                         const OptionalTensor& batches, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                         const OptionalTensor& b2, bool training, std::optional<double> momentum, double eps,
+                         std::string_view pre_activation, std::string_view activation, std::string_view gate,
+                         const OptionalTensor& residual, std::string_view post_activation,
+                         const OptionalTensor& drop_scale) {
+  const BatchNorm bn{weight, bias, {running_mean, running_var, batches, momentum}, training, eps};
+  return with_running_statistics(
+      "bn_squeeze_excite", input, bn, [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
+        return ops::bn_squeeze_excite().call(input, a, b, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
+                                             activation, gate, residual, post_activation, drop_scale);
+      });
+}
+
+Tensor bn_activation(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                     const OptionalTensor& batches, bool training, std::optional<double> momentum, double eps,
+                     std::string_view activation) {
+  const BatchNorm bn{weight, bias, {running_mean, running_var, batches, momentum}, training, eps};
+  return with_running_statistics("bn_activation", input, bn,
+                                 [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
+                                   return ops::_bn_activation().call(input, a, b, batch_statistics, eps, activation);
+                                 });
 }
 
 TORCH_LIBRARY_IMPL(se_ext, CompositeImplicitAutograd, m) {
-  m.impl("_bn_squeeze_excite_running", with_running_statistics);
+  m.impl("_bn_squeeze_excite_running", bn_squeeze_excite);
+  m.impl("_bn_activation_running", bn_activation);
 }
 // For torch.func, which transforms what the op is made of.
 TORCH_LIBRARY_IMPL(se_ext, FuncTorchDynamicLayerFrontMode, m) {
-  m.impl("_bn_squeeze_excite_running", with_running_statistics);
+  m.impl("_bn_squeeze_excite_running", bn_squeeze_excite);
+  m.impl("_bn_activation_running", bn_activation);
 }
 
 }  // namespace

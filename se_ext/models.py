@@ -1,4 +1,8 @@
-"""SE-ResNet and SE-ResNeXt, with the tail of every block (batch norm, SE, shortcut, ReLU) as one op.
+"""SE-ResNet and SE-ResNeXt, with the tail of every block (batch norm, SE, shortcut, ReLU) as one op, and every other
+batch norm as one with the ReLU behind it.
+
+The batch norms, ReLUs and SE modules hold the parameters, but are not called: hooks on them do not run. Under
+TorchScript the other batch norms are left as they are, for torch.jit.freeze to fold into the convolutions.
 
 The networks, the names of their parameters and the initialisation are those of timm's models of the same names, so that
 their checkpoints load as they are.
@@ -12,7 +16,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .modules import SqueezeExcitation, scripted_tail, tail
+from ._fusion import batch_norm, scripted_tail, tail
+from .modules import SqueezeExcitation
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
 # ruff: noqa: UP045
@@ -34,9 +39,23 @@ def squeezed_width(channels: int, reduction: float) -> int:
     return max(8, int(channels / reduction + 4) // 8 * 8)
 
 
+class Projection(nn.Sequential):
+    """The shortcut where a block changes the shape: 1x1 convolution, batch norm."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            modules: Any = self._modules
+            return batch_norm(modules["1"], None, modules["0"](input))
+        for module in self:
+            input = module(input)
+        return input
+
+
 class Residual(nn.Module):
-    """What the two kinds of block share: the shortcut and stochastic depth. Each fuses its last batch norm, SE, the
-    shortcut and the ReLU; these modules hold the parameters, but are not called."""
+    """What the two kinds of block share: the shortcut and stochastic depth."""
 
     expansion: int
 
@@ -85,13 +104,14 @@ class BasicBlock(Residual):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.act1(self.bn1(self.conv1(x)))
-        out, shortcut, drop_scale = self.conv2(out), self.shortcut(x), self.drop_scale(x)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             modules: Any = self._modules
-            return tail(modules["bn2"], modules["se"], out, shortcut, drop_scale, "identity", "relu")
+            out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
+            out = self.conv2(out)
+            return tail(modules["bn2"], modules["se"], out, self.shortcut(x), self.drop_scale(x), "identity", "relu")
+        out = self.act1(self.bn1(self.conv1(x)))
         return scripted_tail(
-            out,
+            self.conv2(out),
             self.bn2.weight,
             self.bn2.bias,
             self.bn2.running_mean,
@@ -107,9 +127,9 @@ class BasicBlock(Residual):
             "identity",
             self.se.activation,
             self.se.scale_activation,
-            shortcut,
+            self.shortcut(x),
             "relu",
-            drop_scale,
+            self.drop_scale(x),
         )
 
 
@@ -149,14 +169,16 @@ class Bottleneck(Residual):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.act1(self.bn1(self.conv1(x)))
-        out = self.act2(self.bn2(self.conv2(out)))
-        out, shortcut, drop_scale = self.conv3(out), self.shortcut(x), self.drop_scale(x)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             modules: Any = self._modules
-            return tail(modules["bn3"], modules["se"], out, shortcut, drop_scale, "identity", "relu")
+            out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
+            out = batch_norm(modules["bn2"], modules["act2"], self.conv2(out))
+            out = self.conv3(out)
+            return tail(modules["bn3"], modules["se"], out, self.shortcut(x), self.drop_scale(x), "identity", "relu")
+        out = self.act1(self.bn1(self.conv1(x)))
+        out = self.act2(self.bn2(self.conv2(out)))
         return scripted_tail(
-            out,
+            self.conv3(out),
             self.bn3.weight,
             self.bn3.bias,
             self.bn3.running_mean,
@@ -172,9 +194,9 @@ class Bottleneck(Residual):
             "identity",
             self.se.activation,
             self.se.scale_activation,
-            shortcut,
+            self.shortcut(x),
             "relu",
-            drop_scale,
+            self.drop_scale(x),
         )
 
 
@@ -224,8 +246,7 @@ class SEResNet(nn.Module):
         def stage(in_channels: int, planes: int, stride: int, count: int) -> nn.Sequential:
             downsample = None
             if stride != 1 or in_channels != planes * width:
-                conv = nn.Conv2d(in_channels, planes * width, 1, stride, bias=False)
-                downsample = nn.Sequential(conv, nn.BatchNorm2d(planes * width))
+                downsample = Projection(in_channels, planes * width, stride)
             first = block(in_channels, planes, stride, downsample, drop_path=next(drop_paths), **options)
             others = [
                 block(planes * width, planes, 1, None, drop_path=next(drop_paths), **options) for _ in range(count - 1)
@@ -249,7 +270,12 @@ class SEResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_chans, H, W] → [N, 512 · expansion, H / 32, W / 32]"""
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            x = self.act1(self.bn1(self.conv1(x)))
+        else:
+            modules: Any = self._modules
+            x = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
+        x = self.maxpool(x)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self, x: Tensor) -> Tensor:

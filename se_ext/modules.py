@@ -9,19 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from ._fusion import parameters_of, scripted_tail, tail
 from ._names import ACTIVATIONS, GATES, name_of
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
 # ruff: noqa: UP045
-
-
-def _parameters_of(layer: Any) -> tuple[Tensor, Optional[Tensor]]:
-    """Weight and bias of a layer. On a small map nn.Module.__getattr__ would take longer than the kernels do; a weight
-    that is no plain parameter (parametrize, pruning) is looked up the usual way."""
-    try:
-        return layer._parameters["weight"], layer._parameters["bias"]
-    except KeyError:
-        return layer.weight, layer.bias
 
 
 class SqueezeExcitation(nn.Module):
@@ -84,8 +76,8 @@ class SqueezeExcitation(nn.Module):
             w1, b1, w2, b2 = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         else:
             layers: Any = self._modules
-            w1, b1 = _parameters_of(layers["fc1"])
-            w2, b2 = _parameters_of(layers["fc2"])
+            w1, b1 = parameters_of(layers["fc1"])
+            w2, b2 = parameters_of(layers["fc2"])
         return functional.squeeze_excite(
             input,
             w1,
@@ -106,111 +98,6 @@ class SqueezeExcitation(nn.Module):
         if self.inplace:
             parts.append("inplace=True")
         return ", ".join(parts)
-
-
-def scripted_tail(
-    input: Tensor,
-    bn_weight: Optional[Tensor],
-    bn_bias: Optional[Tensor],
-    running_mean: Optional[Tensor],
-    running_var: Optional[Tensor],
-    num_batches_tracked: Optional[Tensor],
-    momentum: Optional[float],
-    eps: float,
-    training: bool,
-    w1: Tensor,
-    b1: Optional[Tensor],
-    w2: Tensor,
-    b2: Optional[Tensor],
-    pre_activation: str,
-    activation: str,
-    gate: str,
-    residual: Optional[Tensor],
-    post_activation: str,
-    drop_scale: Optional[Tensor],
-) -> Tensor:
-    """bn_squeeze_excite with what a BatchNorm2d and a SqueezeExcitation hold (TorchScript passes no modules).
-
-    Like BatchNorm2d's forward it counts the batches, averages over all of them where momentum is None, and uses the
-    batch's statistics where it has no others.
-    """
-    return torch.ops.se_ext._bn_squeeze_excite_running(
-        input,
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        w1,
-        b1,
-        w2,
-        b2,
-        training or (running_mean is None and running_var is None),
-        momentum,
-        eps,
-        pre_activation,
-        activation,
-        gate,
-        residual,
-        post_activation,
-        drop_scale,
-    )
-
-
-def tail(
-    bn: Any,
-    se: Any,
-    input: Tensor,
-    residual: Tensor | None,
-    drop_scale: Tensor | None,
-    pre_activation: str,
-    post_activation: str,
-) -> Tensor:
-    """What scripted_tail computes, given the modules; around a batch norm whose formula the kernels do not compute
-    (SyncBatchNorm, subclasses), the normalisation is a pass of its own and the rest is fused."""
-    w1, b1 = _parameters_of(se._modules["fc1"])
-    w2, b2 = _parameters_of(se._modules["fc2"])
-    if type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        output, _, _ = torch.ops.se_ext.bn_squeeze_excite(
-            bn(input),
-            None,
-            None,
-            w1,
-            b1,
-            w2,
-            b2,
-            batch_statistics=False,
-            pre_activation=pre_activation,
-            activation=se.activation,
-            gate=se.scale_activation,
-            residual=residual,
-            post_activation=post_activation,
-            drop_scale=drop_scale,
-        )
-        return output
-    weight, bias = _parameters_of(bn)
-    buffers = bn._buffers
-    return scripted_tail(
-        input,
-        weight,
-        bias,
-        buffers["running_mean"],
-        buffers["running_var"],
-        buffers["num_batches_tracked"],
-        bn.momentum,
-        bn.eps,
-        bn.training,
-        w1,
-        b1,
-        w2,
-        b2,
-        pre_activation,
-        se.activation,
-        se.scale_activation,
-        residual,
-        post_activation,
-        drop_scale,
-    )
 
 
 class BatchNormSqueezeExcitation(nn.Module):

@@ -145,12 +145,18 @@ class Problem:
         y, mean, var = self.bn(leaves, training=True)
         return [y.detach(), mean, var, *torch.autograd.grad(y, leaves, self.grad)]
 
+    def bn_activation_step(self) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (self.x, self.bn_weight, self.bn_bias)]
+        y, *statistics = torch.ops.se_ext._bn_activation(*leaves, True, 1e-5, "relu")
+        return [y.detach(), *statistics, *torch.autograd.grad(y, leaves, self.grad)]
+
 
 CALLS: dict[str, Callable[[Problem], list[Tensor]]] = {
     "forward": Problem.forward,
     "batch norm": Problem.bn_forward,
     "step": Problem.step,
     "batch norm step": Problem.bn_step,
+    "batch norm and activation step": Problem.bn_activation_step,
 }
 calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -519,10 +525,14 @@ def arguments(op: str) -> dict[str, Any]:
             **{"input": x, "bn_weight": b2, "bn_bias": b2, **weights, "batch_statistics": True},
             **{"residual": x, "drop_scale": torch.ones(SHAPE[0])},
         },
+        "_bn_activation": {
+            **{"input": x, "weight": b2, "bias": b2},
+            **{"batch_statistics": True, "eps": 1e-5, "activation": "relu"},
+        },
     }[op]
 
 
-OPS = ("excite", "rescale", "rescale_", "squeeze_excite", "squeeze_excite_", "bn_squeeze_excite")
+OPS = ("excite", "rescale", "rescale_", "squeeze_excite", "squeeze_excite_", "bn_squeeze_excite", "_bn_activation")
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
@@ -540,7 +550,7 @@ def test_tensors_of_two_devices_are_refused(op, recorded):
             placed[first].requires_grad_(recorded)
             with pytest.raises(RuntimeError) as caught:
                 getattr(torch.ops.se_ext, op)(**placed)
-            assert str(caught.value) == f"{op}: expected {name} on device {here}, got {there}"
+            assert str(caught.value) == f"{op.removeprefix('_')}: expected {name} on device {here}, got {there}"
 
 
 @calls

@@ -112,6 +112,9 @@ class Problem:
                 drop_scale=self.drop,
             )
             found += [y, *torch.autograd.grad(y, leaves, self.grad)]
+        for training in (True, False):
+            y, *statistics = torch.ops.se_ext._bn_activation(x, weight, bias, training, 1e-5, "relu")
+            found += [y, *statistics, *torch.autograd.grad(y, (x, weight, bias), self.grad)]
         return found
 
 

@@ -111,6 +111,23 @@ class Make:
         names = (pre, activation, gate)
         return (x, weight, bias, *running, *w, True, momentum, eps, *names, residual, post, drop)
 
+    def _bn_activation(self) -> Arguments:
+        c = self.shape[1]
+        return (self.map(), self.vector(c), self.vector(c), self.optionals, 1e-5, "relu")
+
+    def _bn_activation_backward(self) -> Arguments:
+        *given, batch, eps, activation = self._bn_activation()
+        with torch.no_grad():
+            _, mean, _, inverse = OPS._bn_activation(*given, batch, eps, activation)
+        b = self.optionals
+        return (self.map(), *given, mean, inverse, batch, eps, activation, [True, b, b])
+
+    def _bn_activation_running(self) -> Arguments:
+        x, weight, bias, _, eps, activation = self._bn_activation()
+        c = self.shape[1]
+        running = (torch.zeros(c), torch.ones(c), torch.tensor(3)) if self.optionals else (None, None, None)
+        return (x, weight, bias, *running, True, None if self.optionals else 0.1, eps, activation)
+
     def _excite_forward(self) -> Arguments:
         return self.excite()
 
@@ -151,6 +168,9 @@ PRIVATE = [
     "_bn_squeeze_excite_forward",
     "_bn_squeeze_excite_backward",
     "_bn_squeeze_excite_running",
+    "_bn_activation",
+    "_bn_activation_backward",
+    "_bn_activation_running",
 ]
 TABLE = PUBLIC + IN_PLACE + PRIVATE
 
@@ -175,7 +195,7 @@ def test_float32(name: str, channels_last: bool, optionals: bool) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("optionals", [True, False], ids=["all", "none"])
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [*PUBLIC, "_bn_activation"])
 def test_recorded(name: str, optionals: bool, channels_last: bool) -> None:
     """Leaves that require grad: opcheck compiles forward and backward, and compares gradients with eager's."""
     opcheck(name, Make(torch.float64, channels_last, optionals, requires_grad=True))
@@ -240,7 +260,7 @@ def test_the_compliance_tag(name: str) -> None:
         assert op._schema.arguments[0].alias_info.is_write
         assert op._schema.returns[0].alias_info.is_write
     else:
-        assert op._schema.is_mutable == (name == "_bn_squeeze_excite_running")
+        assert op._schema.is_mutable == name.endswith("_running")
 
 
 def test_the_fake_kernel_is_torchs_own_idea_of_the_op() -> None:

@@ -1,13 +1,11 @@
 // The block behind a batch normalisation (or a given affine map) and an activation: u = pre(a ⊙ x + b) takes the place
 // of x; it is not a tensor that anybody keeps.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
-
-#include <limits>
 
 #include "../checks.h"
 #include "../names.h"
 #include "excitation.h"
+#include "normalization.h"
 #include "schedule.h"
 #include "scratch.h"
 
@@ -19,71 +17,11 @@ using checks::OptionalTensor;
 
 constexpr const char* kOp = "bn_squeeze_excite";
 
-Pointer pointer(const Tensor& t) {
-  return t.defined() ? Pointer(t) : Pointer();
-}
-
-// The vectors of a Normalization, in the accumulation type, kept alive.
-struct Vectors {
-  Tensor weight, bias, mean, inverse;  // [C], undefined where absent
-  at::ScalarType type;
-
-  Vectors(const OptionalTensor& weight_, const OptionalTensor& bias_, at::ScalarType type_)
-      : weight(in_type(weight_, type_)), bias(in_type(bias_, type_)), type(type_) {}
-
-  static Tensor in_type(const OptionalTensor& t, at::ScalarType type) {
-    return t.has_value() ? t->to(type).contiguous() : Tensor();
-  }
-  Normalization of(const FeatureMap& x) const {
-    return {x.samples,          x.slab.channels,    x.slab.points,        pointer(weight).base,
-            pointer(bias).base, pointer(mean).base, pointer(inverse).base};
-  }
-  const NormKernels& kernels() const {
-    return type == at::kDouble ? cpu::kernels().norm_double : cpu::kernels().norm_float;
-  }
-};
-
-// f(n) for this thread's samples of the block. Ends with a barrier.
-template <class F>
-void for_each_sample(Team team, std::int64_t first, std::int64_t samples, const F& f) {
-  const auto [begin, end] = team.share(samples);
-  for (std::int64_t n = first + begin; n < first + end; ++n) f(n);
-  team.barrier();
-}
-
 // What forward leaves for backward, besides what the caller has.
 struct Saved {
-  Tensor mean, var, inverse;  // [C]; of no elements where nothing is normalised
-  Tensor sample_means;        // [N, C], mean of x over each sample; of no rows where pre is not the identity
-  Tensor z, hidden, scale;    // as in squeeze_excite; scale without drop_scale
+  Statistics statistics;    // sample_means of no rows where pre is not the identity
+  Tensor z, hidden, scale;  // as in squeeze_excite; scale without drop_scale
 };
-
-void statistics_of_batch(const FeatureMap& x, Vectors& v, const Saved& saved, double eps) {
-  const std::int64_t N = x.samples, C = x.slab.channels;
-  const bool keeps_means = saved.sample_means.numel() > 0;
-  const Schedule schedule = Schedule::of(x, 1, 0);
-  Reduction tiles(x, schedule, v.type, 2);
-  Scratch scratch(tiles.scratch_items() + (keeps_means ? 3 : 4) * N * C, 4, x.tensor.options().dtype(v.type));
-  tiles.use(scratch.take(tiles.scratch_items()));
-  const Pointer sums_at = scratch.take(2 * N * C), m2_at = scratch.take(N * C);
-  const Pointer means_at = keeps_means ? Pointer(saved.sample_means) : scratch.take(N * C);
-  const AffineKernels& map = kernels().affine[static_cast<int>(x.dtype)];
-  if (x.slab_elements() > 0) {
-    schedule.run(N, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
-      tiles.reduce(team, index, first, samples, 1, sums_at,
-                   [&](std::int64_t n, Tile tile, void* sums) { map.moments(x.slab, tile, x.sample(n), sums); });
-      for_each_sample(team, first, samples, [&](std::int64_t n) {
-        map.finish_moments(x.slab, x.sample(n), sums_at.at(2 * n * C), means_at.at(n * C), m2_at.at(n * C));
-      });
-    });
-  } else {
-    saved.sample_means.fill_(std::numeric_limits<double>::quiet_NaN());
-  }
-  v.kernels().batch_statistics(x.slab.points ? N : 0, C, x.slab.points, eps, means_at.base, m2_at.base,
-                               saved.mean.data_ptr(), saved.var.data_ptr(), saved.inverse.data_ptr());
-  v.mean = saved.mean;
-  v.inverse = saved.inverse;
-}
 
 struct Options {
   Activation pre, post;
@@ -97,7 +35,7 @@ void forward(const FeatureMap& x, Vectors& v, const Excitation& e, const Optiona
   const bool is_identity = options.pre == Activation::Identity;
   // An expensive u is kept in y between the two passes, where y is as precise as u.
   const bool keeps_u = !is_cheap(options.pre) && x.tensor.scalar_type() == v.type && !y.is_same(x.tensor);
-  if (options.batch_statistics) statistics_of_batch(x, v, saved, options.eps);
+  if (options.batch_statistics) statistics_of_batch(x, v, options.eps, saved.statistics);
   const Normalization norm = v.of(x);
   const NormKernels& vectors = v.kernels();
   const Tensor r = residual.has_value() ? x.in_my_layout(*residual) : Tensor();
@@ -110,7 +48,8 @@ void forward(const FeatureMap& x, Vectors& v, const Excitation& e, const Optiona
   const Pointer h_at = scratch.take(N * M), a_at = scratch.take(C), b_at = scratch.take(C);
   // Where pre is the identity, the scale goes into a and b; else only drop_scale goes into the scale.
   const Pointer sa_at = scratch.take(N * C), sb_at = scratch.take(N * C);
-  const Pointer z_at(saved.z), hidden_at(saved.hidden), scale_at(saved.scale), means_at(saved.sample_means);
+  const Pointer z_at(saved.z), hidden_at(saved.hidden), scale_at(saved.scale);
+  const Pointer means_at(saved.statistics.sample_means);
   const Pointer r_at = pointer(r), y_at(y), drop_at = pointer(drop);
   vectors.coefficients(norm, a_at.base, b_at.base);
 
@@ -167,22 +106,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
   const Options options{parse_activation(kOp, "pre_activation", pre_activation),
                         parse_activation(kOp, "post_activation", post_activation), batch_statistics, eps};
   Vectors v(weight, bias, accumulation_type(input.scalar_type()));
-  const auto statistic = [&] {
-    return at::empty({batch_statistics ? e.channels() : 0}, input.options().dtype(v.type));
-  };
   const auto matrix = [&](std::int64_t rows, std::int64_t columns) {
     return empty_matrix(rows, columns, x.tensor, v.type);
   };
-  const Saved saved{statistic(),
-                    statistic(),
-                    statistic(),
-                    matrix(options.pre == Activation::Identity ? x.samples : 0, e.channels()),
-                    matrix(x.samples, e.channels()),
-                    matrix(x.samples, e.hidden_channels()),
+  const Saved saved{Statistics::empty(x, v.type, batch_statistics, options.pre == Activation::Identity),
+                    matrix(x.samples, e.channels()), matrix(x.samples, e.hidden_channels()),
                     matrix(x.samples, e.channels())};
   Tensor y = empty_map_like(x.tensor);
   forward(x, v, e, residual, drop_scale, options, y, saved);
-  return {y, saved.mean, saved.var, saved.inverse, saved.sample_means, saved.z, saved.hidden, saved.scale};
+  const auto& [mean, var, inverse, sample_means] = saved.statistics;
+  return {y, mean, var, inverse, sample_means, saved.z, saved.hidden, saved.scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
@@ -329,17 +262,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
 
   Tensor grad_weight, grad_bias;
   if (needs_totals) {
-    const DenseKernels& dense =
-        kernels().dense[static_cast<int>(v.type == at::kDouble ? DType::Float64 : DType::Float32)];
-    dense.sum_samples(N, parts * C, sums_at.base, totals_at.base);
+    v.sums().sum_samples(N, parts * C, sums_at.base, totals_at.base);
     vectors.backward_coefficients(norm, totals_at.base, grad_weight_at.base, slope_at.base, batch_offset_at.base);
-    const auto gradient = [&](const OptionalTensor& of, const Pointer& from) {
-      Tensor t = at::empty({C}, input.options().dtype(v.type));
-      std::memcpy(t.data_ptr(), from.base, C * from.item_bytes);
-      return t.to(of->scalar_type());
-    };
-    if (mask[1]) grad_weight = gradient(weight, grad_weight_at);
-    if (mask[2]) grad_bias = gradient(bias, totals_at);
+    if (mask[1]) grad_weight = vector_gradient(weight, grad_weight_at, v.type);
+    if (mask[2]) grad_bias = vector_gradient(bias, totals_at, v.type);
   }
   if (writes && batch_statistics) {
     schedule.run_backwards(

@@ -1,13 +1,11 @@
 // The block behind a batch normalisation (or a given affine map) and an activation: u = pre(a ⊙ x + b) takes the place
 // of x; it is not a tensor that anybody keeps.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
-
-#include <limits>
 
 #include "../checks.h"
 #include "../names.h"
 #include "excitation.h"
+#include "normalization.h"
 #include "plan.h"
 
 namespace se_ext::cuda {
@@ -18,43 +16,11 @@ using checks::OptionalTensor;
 
 constexpr const char* kOp = "bn_squeeze_excite";
 
-// The vectors of a Normalization, in the accumulation type, kept alive.
-struct Vectors {
-  Tensor weight, bias, mean, inverse;  // [C], undefined where absent
-
-  Normalization of(const FeatureMap& x) const {
-    return {x.samples, x.slab.channels, x.slab.points, data(weight), data(bias), data(mean), data(inverse)};
-  }
-};
-
 // What forward leaves for backward, besides what the caller has.
 struct Saved {
-  Tensor mean, var, inverse;  // [C]; of no elements where nothing is normalised
-  Tensor sample_means;        // [N, C], mean of x over each sample; of no rows where pre is not the identity
-  Tensor z, hidden, scale;    // as in squeeze_excite; scale without drop_scale
+  BatchStatistics statistics;  // sample_means of no rows where pre is not the identity
+  Tensor z, hidden, scale;     // as in squeeze_excite; scale without drop_scale
 };
-
-// The batch's statistics, and a and b.
-void normalise(const FeatureMap& x, Vectors& v, const Saved& saved, double eps, void* a, void* b) {
-  const std::int64_t N = x.samples, C = x.slab.channels;
-  const auto options = saved.mean.options();
-  const Batch batch = batch_of(x);
-  const bool keeps_means = saved.sample_means.numel() > 0;
-  const std::int64_t partials = partial_items(batch, N, 2);
-  Scratch scratch(partials + (keeps_means ? 2 : 3) * N * C, 3, options);
-  const Sums sums{scratch.take(2 * N * C), scratch.take(partials), 1};
-  void* const sample_means = keeps_means ? writable(saved.sample_means) : scratch.take(N * C);
-  if (x.slab.points > 0) {
-    C10_CUDA_CHECK(sum_moments(batch, data(x.tensor), sums));
-  } else {
-    saved.sample_means.fill_(std::numeric_limits<double>::quiet_NaN());
-  }
-  C10_CUDA_CHECK(batch_statistics(batch, data(x.tensor),
-                                  {sums.sums, data(v.weight), data(v.bias), sample_means, writable(saved.mean),
-                                   writable(saved.var), writable(saved.inverse), a, b, eps}));
-  v.mean = saved.mean;
-  v.inverse = saved.inverse;
-}
 
 struct Options {
   Activation pre, post;
@@ -77,7 +43,7 @@ void forward(const FeatureMap& x, Vectors& v, const Excitation& e, const Optiona
   void* const partials_at = scratch.take(partials);
   void* const h = scratch.take(N * M);
   if (options.batch_statistics) {
-    normalise(x, v, saved, options.eps, a, b);
+    statistics_of_batch(x, v, options.eps, saved.statistics, a, b);
   } else {
     C10_CUDA_CHECK(coefficients(v.of(x), is_double, a, b, batch.stream));
   }
@@ -92,10 +58,9 @@ void forward(const FeatureMap& x, Vectors& v, const Excitation& e, const Optiona
   }
   const auto points = static_cast<double>(x.slab.points);
   if (is_identity) {
-    if (!options.batch_statistics) {
-      C10_CUDA_CHECK(sum_input(batch, out.x, {writable(saved.sample_means), partials_at, points}));
-    }
-    C10_CUDA_CHECK(squeeze_from_means(v.of(x), is_double, data(saved.sample_means), writable(saved.z), batch.stream));
+    const Tensor& means = saved.statistics.sample_means;
+    if (!options.batch_statistics) C10_CUDA_CHECK(sum_input(batch, out.x, {writable(means), partials_at, points}));
+    C10_CUDA_CHECK(squeeze_from_means(v.of(x), is_double, data(means), writable(saved.z), batch.stream));
   }
   for_each_chunk(batch, is_identity ? N : plan.chunk, [&](const Batch& part) {
     if (!is_identity) C10_CUDA_CHECK(sum_prologue(part, out.x, prologue, {writable(saved.z), partials_at, points}));
@@ -117,21 +82,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
   const Options options{parse_activation(kOp, "pre_activation", pre_activation),
                         parse_activation(kOp, "post_activation", post_activation), batch_statistics, eps};
   const auto type = accumulation_type(input.scalar_type());
-  Vectors v{vector_in(weight, type), vector_in(bias, type), {}, {}};
-  const auto statistic = [&] { return at::empty({batch_statistics ? e.channels() : 0}, input.options().dtype(type)); };
+  Vectors v(weight, bias, type);
   const auto matrix = [&](std::int64_t rows, std::int64_t columns) {
     return empty_matrix(rows, columns, x.tensor, type);
   };
-  const Saved saved{statistic(),
-                    statistic(),
-                    statistic(),
-                    matrix(options.pre == Activation::Identity ? x.samples : 0, e.channels()),
-                    matrix(x.samples, e.channels()),
-                    matrix(x.samples, e.hidden_channels()),
+  const Saved saved{BatchStatistics::empty(x, type, batch_statistics, options.pre == Activation::Identity),
+                    matrix(x.samples, e.channels()), matrix(x.samples, e.hidden_channels()),
                     matrix(x.samples, e.channels())};
   Tensor y = empty_map_like(x.tensor);
   forward(x, v, e, residual, drop_scale, options, y, saved);
-  return {y, saved.mean, saved.var, saved.inverse, saved.sample_means, saved.z, saved.hidden, saved.scale};
+  const auto& [mean, var, inverse, sample_means] = saved.statistics;
+  return {y, mean, var, inverse, sample_means, saved.z, saved.hidden, saved.scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
@@ -172,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
   checks::saved(kOp, "hidden", hidden_, N, M, type);
   checks::saved(kOp, "scale", scale_, N, C, type);
   if (is_identity) checks::saved(kOp, "sample_means", sample_means_, N, C, type);
-  Vectors v{vector_in(weight, type), vector_in(bias, type), {}, {}};
+  Vectors v(weight, bias, type);
   if (batch_statistics) {
     checks::saved_vector(kOp, "mean", mean, C, type);
     checks::saved_vector(kOp, "inverse", inverse, C, type);
