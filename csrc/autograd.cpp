@@ -179,13 +179,18 @@ struct SqueezeExcite : torch::autograd::Function<SqueezeExcite> {
   }
 };
 
+// What an op gives beside its differentiable output. Autograd's wrapping of an output costs more than a small vector's
+// computation, so these don't pass through it.
+struct Statistics {
+  Tensor mean, var, inverse;
+};
+
 struct BnSqueezeExcite : torch::autograd::Function<BnSqueezeExcite> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-                               const OptionalTensor& b2, bool batch_statistics, double eps,
-                               std::string_view pre_activation, std::string_view activation, std::string_view gate,
-                               const OptionalTensor& residual, std::string_view post_activation,
-                               const OptionalTensor& drop_scale) {
+  static Tensor forward(AutogradContext* ctx, Statistics& found, const Tensor& input, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                        const OptionalTensor& b2, bool batch_statistics, double eps, std::string_view pre_activation,
+                        std::string_view activation, std::string_view gate, const OptionalTensor& residual,
+                        std::string_view post_activation, const OptionalTensor& drop_scale) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [output, mean, var, inverse, sample_means, z, hidden, scale] =
         ops::_bn_squeeze_excite_forward().call(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps,
@@ -194,8 +199,7 @@ struct BnSqueezeExcite : torch::autograd::Function<BnSqueezeExcite> {
     ctx->save_for_backward({input, or_undefined(weight), or_undefined(bias), w1, or_undefined(b1), w2, or_undefined(b2),
                             mean, inverse, sample_means, z, hidden, scale, saved_for(post, output, residual),
                             or_undefined(drop_scale)});
-    ctx->mark_non_differentiable({mean, var});
-    ctx->set_materialize_grads(false);  // no zeros for mean and var; the output's gradient is always there
+    found = {mean, var, inverse};
     ctx->saved_data["batch_statistics"] = batch_statistics;
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["pre_activation"] = std::string(pre_activation);
@@ -203,11 +207,10 @@ struct BnSqueezeExcite : torch::autograd::Function<BnSqueezeExcite> {
     ctx->saved_data["gate"] = std::string(gate);
     ctx->saved_data["residual"] = residual.has_value();
     ctx->saved_data["post_activation"] = std::string(post_activation);
-    return {output, mean, var};
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined()) return variable_list(15);
     const auto s = ctx->get_saved_variables();
     const auto name = [&](const char* key) { return ctx->saved_data[key].toStringView(); };
     const auto post = name("post_activation");
@@ -219,48 +222,33 @@ struct BnSqueezeExcite : torch::autograd::Function<BnSqueezeExcite> {
         grads[0], s[0], optional(s[1]), optional(s[2]), s[3], optional(s[4]), s[5], optional(s[6]), s[7], s[8], s[9],
         s[10], s[11], s[12], optional(s[13]), optional(s[14]), ctx->saved_data["batch_statistics"].toBool(),
         ctx->saved_data["eps"].toDouble(), name("pre_activation"), name("activation"), name("gate"), post, mask);
-    return {gx,
-            gw,
-            gb,
-            gw1,
-            gb1,
-            gw2,
-            gb2,
-            Tensor(),
-            Tensor(),
-            Tensor(),
-            Tensor(),
-            Tensor(),
-            residual_gets_grad ? grads[0] : gr,
-            Tensor(),
-            Tensor()};
+    return {Tensor(), gx,       gw,       gb,       gw1,      gb1,      gw2,
+            gb2,      Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), residual_gets_grad ? grads[0] : gr,
+            Tensor(), Tensor()};
   }
 };
 
 struct BnActivation : torch::autograd::Function<BnActivation> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                               const OptionalTensor& bias, bool batch_statistics, double eps,
-                               std::string_view activation) {
+  static Tensor forward(AutogradContext* ctx, Statistics& found, const Tensor& input, const OptionalTensor& weight,
+                        const OptionalTensor& bias, bool batch_statistics, double eps, std::string_view activation) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [output, mean, var, inverse] =
         ops::_bn_activation().call(input, weight, bias, batch_statistics, eps, activation);
     ctx->save_for_backward({input, or_undefined(weight), or_undefined(bias), mean, inverse});
-    ctx->mark_non_differentiable({mean, var, inverse});
-    ctx->set_materialize_grads(false);
+    found = {mean, var, inverse};
     ctx->saved_data["batch_statistics"] = batch_statistics;
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["activation"] = std::string(activation);
-    return {output, mean, var, inverse};
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined()) return variable_list(6);
     const auto s = ctx->get_saved_variables();
     const auto mask = wanted<3>(ctx, {true, s[1].defined(), s[2].defined()});
     auto [gx, gw, gb] = ops::_bn_activation_backward().call(
         grads[0], s[0], optional(s[1]), optional(s[2]), s[3], s[4], ctx->saved_data["batch_statistics"].toBool(),
         ctx->saved_data["eps"].toDouble(), ctx->saved_data["activation"].toStringView(), mask);
-    return {gx, gw, gb, Tensor(), Tensor(), Tensor()};
+    return {Tensor(), gx, gw, gb, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -329,9 +317,11 @@ std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
                                         activation, gate, residual, post_activation, drop_scale);
   }
   if (is_recorded(input, weight, bias, w1, b1, w2, b2, residual)) {
-    auto outputs = BnSqueezeExcite::apply(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
-                                          activation, gate, residual, post_activation, drop_scale);
-    return {outputs[0], outputs[1], outputs[2]};
+    Statistics found;
+    const Tensor output =
+        BnSqueezeExcite::apply(found, input, weight, bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
+                               activation, gate, residual, post_activation, drop_scale);
+    return {output, found.mean, found.var};
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return ops::bn_squeeze_excite().call(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
@@ -346,8 +336,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const Tensor& input, co
     return composite::bn_activation(input, weight, bias, batch_statistics, eps, activation);
   }
   if (is_recorded(input, weight, bias)) {
-    auto outputs = BnActivation::apply(input, weight, bias, batch_statistics, eps, activation);
-    return {outputs[0], outputs[1], outputs[2], outputs[3]};
+    Statistics found;
+    const Tensor output = BnActivation::apply(found, input, weight, bias, batch_statistics, eps, activation);
+    return {output, found.mean, found.var, found.inverse};
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return ops::_bn_activation().call(input, weight, bias, batch_statistics, eps, activation);
