@@ -35,8 +35,11 @@ CASES = (Case("inference", 1), Case("inference", 8), Case("train", 8))
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure a row: as many rounds as fit into `seconds`, but from `least` to `most`. On two shared cores a
-    step of two seconds varies by a fifth from round to round: of nine rounds, the median ratio errs by several percent."""
+    """How long to measure a row: as many rounds as fit into `seconds`, but from `least` to `most`.
+
+    On two shared cores a step of two seconds varies by a fifth from round to round: the median ratio of nine rounds
+    errs by several percent.
+    """
 
     seconds: float = 8.0
     least: int = 25
