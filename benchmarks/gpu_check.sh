@@ -18,8 +18,8 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 failed=()
 
 # Longest first: each is a process of its own where there is no pytest-xdist.
-readonly tests=(values batch_norm autograd cuda opcheck precision compile shapes reproducible func batch_norm_promises
-  models errors export module torchscript autocast memory)
+readonly tests=(values batch_norm autograd cuda opcheck precision compile shapes reproducible func bn_activation
+  batch_norm_promises models errors export module torchscript autocast memory)
 
 left() { echo $((total - (SECONDS - started))); }
 

@@ -129,6 +129,18 @@ def test_torchscript_and_compile(train):
     assert counts == {int(train)}
 
 
+def test_torchscript_folds_batch_norms_into_convolutions():
+    """All but those of the tails, which are not batch norms of ATen's; the results stay."""
+    network = build("seresnet18", num_classes=10)
+    randomize(network)
+    images = torch.randn(2, 3, 64, 64)
+    scripted = torch.jit.script(network.eval())
+    frozen = torch.jit.freeze(scripted)
+    assert str(scripted.inlined_graph).count("aten::batch_norm") == 1 + 8 + 3
+    assert "aten::batch_norm" not in str(frozen.inlined_graph)
+    assert torch.allclose(frozen(images), network(images), atol=1e-5)
+
+
 def test_one_op_per_block():
     """The tail of each block is one node, and so is every other batch norm with its ReLU: ATen computes none."""
     network = build("seresnet18", num_classes=10)
