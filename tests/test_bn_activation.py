@@ -145,6 +145,27 @@ def test_bitwise_the_same_for_any_number_of_threads(activation, channels_last, r
 
 
 @layouts
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+def test_in_evaluation_a_sample_does_not_depend_on_its_batch(activation, channels_last):
+    x, weight, bias = make_case((9, 40, 7, 7), channels_last=channels_last, requires_grad=False)
+    whole = OP(x, weight, bias, False, 1e-5, activation)[0]
+    for n in range(9):
+        assert torch.equal(OP(x[n : n + 1], weight, bias, False, 1e-5, activation)[0], whole[n : n + 1])
+
+
+@layouts
+def test_infinity_and_nan_stay_in_their_channel(channels_last):
+    x, weight, bias = make_case((2, 6, 4, 4), channels_last=channels_last, requires_grad=False)
+    x[0, 1, 0, 0], x[1, 4, 2, 2] = torch.inf, torch.nan
+    y, _, var, _ = OP(x, weight, bias, True, 1e-5, "relu")
+    healthy = [i in (0, 2, 3, 5) for i in range(6)]
+    assert y.isfinite().all(0).flatten(1).all(1).tolist() == healthy
+    assert var.isfinite().tolist() == healthy
+    exact = F.relu(F.batch_norm(x, None, None, weight, bias, True))
+    assert torch.equal(y.isnan(), exact.isnan())
+
+
+@layouts
 def test_nothing_but_the_map_is_saved(channels_last):
     x, weight, bias = make_case((4, C, 9, 7), channels_last=channels_last)
     _, saved = saved_maps(lambda: OP(x, weight, bias, True, 1e-5, "relu")[0], x.numel())
@@ -238,6 +259,19 @@ def test_compile_is_one_graph(training):
     assert all(map(torch.equal, eager, graph))
     for name, ours in eager_buffers.items():
         assert_moved_alike(state[name], ours, graph_buffers[name])
+
+
+@modes
+def test_export(training):
+    module, x = Fused().train(training), make_map((4, C, 9, 7))
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: batch}}, strict=True)
+    module.load_state_dict(state)
+    more = torch.cat([x, x])
+    expected = module(more)
+    assert torch.equal(program.module()(more), expected)
+    assert sum("bn_activation" in str(node.target) for node in program.graph.nodes) == 1
 
 
 def test_autocast():
