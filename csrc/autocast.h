@@ -21,8 +21,14 @@ class Autocast {
     off_.emplace(c10::DispatchKeySet(key));
   }
 
-  at::Tensor map(const at::Tensor& t) const { return to_ && is_castable(t) ? t.to(*to_) : t; }
-  at::Tensor weight(const at::Tensor& t) const { return t.scalar_type() == at::kFloat ? t : map(t); }
+  // The dtypes that a map and a weight run in.
+  at::ScalarType map_type(const at::Tensor& t) const { return to_ && is_castable(t) ? *to_ : t.scalar_type(); }
+  at::ScalarType weight_type(const at::Tensor& t) const {
+    return t.scalar_type() == at::kFloat ? at::kFloat : map_type(t);
+  }
+
+  at::Tensor map(const at::Tensor& t) const { return t.to(map_type(t)); }
+  at::Tensor weight(const at::Tensor& t) const { return t.to(weight_type(t)); }
   checks::OptionalTensor map(const checks::OptionalTensor& t) const { return t ? checks::OptionalTensor(map(*t)) : t; }
   checks::OptionalTensor weight(const checks::OptionalTensor& t) const {
     return t ? checks::OptionalTensor(weight(*t)) : t;

@@ -2,6 +2,8 @@
 // only what the post-activation's slope needs (see RescaleBackward in params.h).
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/core/stack.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -344,25 +346,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const Tensor& input, co
   return ops::_bn_activation().call(input, weight, bias, batch_statistics, eps, activation);
 }
 
-Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
+void rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
   checks::placement("rescale_", {{"input", input}, {"scale", scale}, {"residual", residual}});
-  checks::not_differentiated("rescale_", {{"input", input}, {"scale", scale}, {"residual", residual}});
   at::AutoDispatchBelowAutograd below;
-  return ops::rescale_().call(input, scale, residual, post_activation);
+  ops::rescale_().call(input, scale, residual, post_activation);
 }
 
-Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-                        const OptionalTensor& b2, std::string_view activation, std::string_view gate,
-                        const OptionalTensor& residual, std::string_view post_activation) {
+void squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                     const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                     const OptionalTensor& residual, std::string_view post_activation) {
   checks::placement("squeeze_excite_",
                     {{"input", input}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"residual", residual}});
-  checks::not_differentiated(
-      "squeeze_excite_", {{"input", input}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"residual", residual}});
   at::AutoDispatchBelowAutograd below;
-  return ops::squeeze_excite_().call(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
+  ops::squeeze_excite_().call(input, w1, b1, w2, b2, activation, gate, residual, post_activation);
 }
 
-// ---- backward: where it is differentiated itself (double backward, forward over reverse), the plain formula ----
+// An in-place op's write, counted, so that autograd notices when a saved tensor was overwritten.
+void count_the_write(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const Tensor input = torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensor();
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  torch::autograd::increment_version(input);
+}
+
+// ---- backward: where it is differentiated itself (double backward, forward over reverse), the plain formula, which
+// needs nothing that forward saved of the small tensors; they are checked all the same ----
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor& grad_output, const Tensor& z,
                                                                    const Tensor& w1, const OptionalTensor& b1,
@@ -371,6 +381,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor&
                                                                    std::string_view activation, std::string_view gate,
                                                                    std::array<bool, 5> mask) {
   if (is_recorded(grad_output, z, w1, b1, w2, b2) || has_tangents(grad_output, z, w1, b1, w2, b2)) {
+    checks::excite_backward(grad_output, z, {w1, b1, w2, b2, activation, gate}, hidden, scale);
     return composite::excite_backward(grad_output, z, w1, b1, w2, b2, activation, gate, mask);
   }
   at::AutoDispatchBelowADInplaceOrView below;
@@ -381,6 +392,7 @@ std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, c
                                                     const OptionalTensor& saved, std::string_view post_activation,
                                                     std::array<bool, 3> mask) {
   if (is_recorded(grad_output, input, scale, saved) || has_tangents(grad_output, input, scale, saved)) {
+    checks::rescale_backward(grad_output, input, scale, saved, post_activation);
     return composite::rescale_backward(grad_output, input, scale, saved, post_activation, mask);
   }
   at::AutoDispatchBelowADInplaceOrView below;
@@ -393,6 +405,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
     std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 6> mask) {
   if (is_recorded(grad_output, input, w1, b1, w2, b2, saved) ||
       has_tangents(grad_output, input, w1, b1, w2, b2, saved)) {
+    checks::squeeze_excite_backward(grad_output, input, {w1, b1, w2, b2, activation, gate}, {z, hidden, scale}, saved,
+                                    post_activation);
     return composite::squeeze_excite_backward(grad_output, input, w1, b1, w2, b2, saved, activation, gate,
                                               post_activation, mask);
   }
@@ -410,6 +424,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
     std::string_view post_activation, std::array<bool, 8> mask) {
   if (is_recorded(grad_output, input, weight, bias, w1, b1, w2, b2, saved) ||
       has_tangents(grad_output, input, weight, bias, w1, b1, w2, b2, saved)) {
+    checks::bn_squeeze_excite_backward(grad_output, input, {weight, bias, batch_statistics, pre_activation},
+                                       {w1, b1, w2, b2, activation, gate}, {mean, inverse, sample_means},
+                                       {z, hidden, scale}, saved, post_activation, drop_scale);
     return composite::bn_squeeze_excite_backward(grad_output, input, weight, bias, w1, b1, w2, b2, saved, drop_scale,
                                                  batch_statistics, eps, pre_activation, activation, gate,
                                                  post_activation, mask);
@@ -426,6 +443,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_out
                                                           bool batch_statistics, double eps,
                                                           std::string_view activation, std::array<bool, 3> mask) {
   if (is_recorded(grad_output, input, weight, bias) || has_tangents(grad_output, input, weight, bias)) {
+    checks::bn_activation_backward(grad_output, input, weight, bias, mean, inverse, batch_statistics, activation);
     return composite::bn_activation_backward(grad_output, input, weight, bias, batch_statistics, eps, activation, mask);
   }
   at::AutoDispatchBelowADInplaceOrView below;
@@ -452,10 +470,9 @@ TORCH_LIBRARY_IMPL(se_ext, Autograd, m) {
   m.impl("_bn_activation_backward", bn_activation_backward);
 }
 
-// Counts the writes, so that autograd notices when a saved tensor was overwritten.
 TORCH_LIBRARY_IMPL(se_ext, ADInplaceOrView, m) {
-  m.impl("rescale_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
-  m.impl("squeeze_excite_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+  m.impl("rescale_", torch::CppFunction::makeFromBoxedFunction<&count_the_write>());
+  m.impl("squeeze_excite_", torch::CppFunction::makeFromBoxedFunction<&count_the_write>());
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <sstream>
 #include <vector>
 
+#include "allocate.h"
 #include "names.h"
 
 namespace se_ext::checks {
@@ -79,14 +80,13 @@ void dtype(const char* op, const char* name, const Tensor& t, c10::ScalarType ex
 }
 
 // The map's dtype, or float32 beside a half-typed map (mixed precision keeps its master weights).
+void dtype_beside(const char* op, const char* name, c10::ScalarType type, c10::ScalarType map) {
+  const bool may_be_float32 = is_half(map);
+  TORCH_CHECK_TYPE(type == map || (may_be_float32 && type == c10::ScalarType::Float), op, ": expected ", name,
+                   " of dtype ", name_of(map), may_be_float32 ? " or float32" : "", ", got ", name_of(type));
+}
 void dtype_beside(const char* op, const char* name, const Tensor& t, c10::ScalarType map) {
-  const auto type = t.scalar_type();
-  if (is_half(map)) {
-    TORCH_CHECK_TYPE(type == map || type == c10::ScalarType::Float, op, ": expected ", name, " of dtype ", name_of(map),
-                     " or float32, got ", name_of(type));
-  } else {
-    dtype(op, name, t, map);
-  }
+  dtype_beside(op, name, t.scalar_type(), map);
 }
 
 // [rows, columns] or [rows, columns, 1, 1]; rows < 0 leaves them free, and the message calls them M.
@@ -158,6 +158,76 @@ void vector(const char* op, const char* name, const OptionalTensor& t, const Ten
   shape(op, name, *t, {size});
 }
 
+// dL/dy, or another map in y's place.
+void map_like(const char* op, const char* name, const Tensor& t, const Tensor& input) {
+  device(op, name, t, input);
+  dtype(op, name, t, input.scalar_type());
+  shape(op, name, t, input.sym_sizes());
+}
+
+void saved(const char* op, const char* name, const Tensor& t, const Tensor& input, c10::SymIntArrayRef expected,
+           c10::ScalarType type) {
+  device(op, name, t, input);
+  dtype(op, name, t, type);
+  shape(op, name, t, expected);
+}
+
+void saved_excitation(const char* op, const Tensor& input, const Tensor& w1, const SavedExcitation& s) {
+  const auto type = accumulation_type(input.scalar_type());
+  const c10::SymInt samples = input.sym_size(0), channels = input.sym_size(1);
+  saved(op, "z", s.z, input, {samples, channels}, type);
+  saved(op, "hidden", s.hidden, input, {samples, w1.sym_size(0)}, type);
+  saved(op, "scale", s.scale, input, {samples, channels}, type);
+}
+
+void saved_statistics(const char* op, const Tensor& input, const Tensor& mean, const Tensor& inverse) {
+  const auto type = accumulation_type(input.scalar_type());
+  saved(op, "mean", mean, input, {input.sym_size(1)}, type);
+  saved(op, "inverse", inverse, input, {input.sym_size(1)}, type);
+}
+
+void not_differentiated(const char* op, Arguments arguments) {
+  for (const Argument& a : arguments) {
+    if (!a.tensor) continue;
+    TORCH_CHECK(!(c10::GradMode::is_enabled() && a.tensor->requires_grad()), op,
+                ": expected no argument that requires grad while grad mode is on (the op writes into input), got ",
+                a.name, "; use the op without the underscore, or torch.no_grad()");
+    TORCH_CHECK(!a.tensor->_fw_grad(/*level=*/0).defined(), op,
+                ": expected no argument with a forward-mode tangent (the op writes into input), got ", a.name,
+                "; use the op without the underscore");
+  }
+}
+
+void writable(const char* op, const Tensor& input) {
+  TORCH_CHECK(at::has_internal_overlap(input) != at::MemOverlap::Yes, op,
+              ": expected input whose elements do not share memory (the op writes into it), got shape ",
+              input.sym_sizes(), " with strides ", input.sym_strides());
+}
+
+// Traced tensors of symbolic sizes, and those that torch.func wraps, have no addresses to compare. What a trace runs in
+// the end asks again.
+at::MemOverlapStatus overlap(const Tensor& a, const Tensor& b) {
+  const auto has_address = [](const Tensor& t) {
+    return t.has_storage() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  if (!has_address(a) || !has_address(b)) return at::MemOverlapStatus::TooHard;
+  return at::get_overlap_status(a, b);
+}
+
+void apart(const char* op, const Tensor& input, const OptionalTensor& residual, Arguments others) {
+  if (residual.has_value()) {
+    TORCH_CHECK(overlap(input, *residual) != at::MemOverlapStatus::Partial, op,
+                ": expected residual to be apart from input or the same tensor (the op writes into input), got one "
+                "that overlaps it in part");
+  }
+  for (const Argument& a : others) {
+    if (!a.tensor) continue;
+    const auto status = overlap(input, *a.tensor);
+    TORCH_CHECK(status != at::MemOverlapStatus::Partial && status != at::MemOverlapStatus::Full, op, ": expected ",
+                a.name, " to be apart from input (the op writes into it), got one that overlaps it");
+  }
+}
+
 }  // namespace
 
 void squeeze(const Tensor& input) {
@@ -209,6 +279,82 @@ void bn_activation(const char* op, const Tensor& input, const OptionalTensor& we
   if (batch_statistics) more_than_one_value(op, input);
 }
 
+void folded_vector(const char* op, const char* name, const OptionalTensor& vector, c10::ScalarType vector_type,
+                   const Tensor& input, c10::ScalarType map_type) {
+  map(op, input);
+  if (!vector.has_value()) return;
+  device(op, name, *vector, input);
+  dtype_beside(op, name, vector_type, map_type);
+  shape(op, name, *vector, {input.sym_size(1)});
+}
+
+void rescale_in_place(const Tensor& input, const Tensor& scale, const OptionalTensor& residual,
+                      std::string_view post_activation) {
+  const char* op = "rescale_";
+  rescale(op, input, scale, residual, post_activation);
+  not_differentiated(op, {{"input", input}, {"scale", scale}, {"residual", residual}});
+  writable(op, input);
+  apart(op, input, residual, {{"scale", scale}});
+}
+
+void squeeze_excite_in_place(const Tensor& input, const Excitation& e, const OptionalTensor& residual,
+                             std::string_view post_activation) {
+  const char* op = "squeeze_excite_";
+  squeeze_excite(op, input, e, residual, post_activation);
+  not_differentiated(
+      op, {{"input", input}, {"w1", e.w1}, {"b1", e.b1}, {"w2", e.w2}, {"b2", e.b2}, {"residual", residual}});
+  writable(op, input);
+  apart(op, input, residual, {{"w1", e.w1}, {"b1", e.b1}, {"w2", e.w2}, {"b2", e.b2}});
+}
+
+void excite_backward(const Tensor& grad_output, const Tensor& z, const Excitation& e, const Tensor& hidden,
+                     const Tensor& scale) {
+  const char* op = "excite";
+  excite(z, e);
+  map_like(op, "grad_output", grad_output, z);
+  saved(op, "hidden", hidden, z, {z.sym_size(0), e.w1.sym_size(0)}, accumulation_type(z.scalar_type()));
+  map_like(op, "scale", scale, z);
+}
+
+void rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale, const OptionalTensor& saved,
+                      std::string_view post_activation) {
+  const char* op = "rescale";
+  rescale(op, input, scale, saved, post_activation);
+  map_like(op, "grad_output", grad_output, input);
+}
+
+void squeeze_excite_backward(const Tensor& grad_output, const Tensor& input, const Excitation& e,
+                             const SavedExcitation& s, const OptionalTensor& saved, std::string_view post_activation) {
+  const char* op = "squeeze_excite";
+  squeeze_excite(op, input, e, saved, post_activation);
+  map_like(op, "grad_output", grad_output, input);
+  saved_excitation(op, input, e.w1, s);
+}
+
+void bn_squeeze_excite_backward(const Tensor& grad_output, const Tensor& input, const Prologue& p, const Excitation& e,
+                                const SavedStatistics& statistics, const SavedExcitation& s,
+                                const OptionalTensor& saved_map, std::string_view post_activation,
+                                const OptionalTensor& drop_scale) {
+  const char* op = "bn_squeeze_excite";
+  bn_squeeze_excite(op, input, p, e, saved_map, post_activation, drop_scale);
+  map_like(op, "grad_output", grad_output, input);
+  saved_excitation(op, input, e.w1, s);
+  if (p.pre_activation == "identity") {
+    saved(op, "sample_means", statistics.sample_means, input, {input.sym_size(0), input.sym_size(1)},
+          accumulation_type(input.scalar_type()));
+  }
+  if (p.batch_statistics) saved_statistics(op, input, statistics.mean, statistics.inverse);
+}
+
+void bn_activation_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const Tensor& mean, const Tensor& inverse,
+                            bool batch_statistics, std::string_view activation) {
+  const char* op = "bn_activation";
+  bn_activation(op, input, weight, bias, batch_statistics, activation);
+  map_like(op, "grad_output", grad_output, input);
+  if (batch_statistics) saved_statistics(op, input, mean, inverse);
+}
+
 void placement(const char* op, Arguments arguments) {
   const Tensor& first = *arguments.begin()->tensor;
   for (const Argument& a : arguments) {
@@ -224,56 +370,6 @@ void running_statistic(const char* op, const char* name, const OptionalTensor& s
   device(op, name, *statistic, input);
   floating(op, name, *statistic);
   shape(op, name, *statistic, {input.sym_size(1)});
-}
-
-void not_differentiated(const char* op, Arguments arguments) {
-  for (const Argument& a : arguments) {
-    if (!a.tensor) continue;
-    TORCH_CHECK(!(c10::GradMode::is_enabled() && a.tensor->requires_grad()), op,
-                ": expected no argument that requires grad while grad mode is on (the op writes into input), got ",
-                a.name, "; use the op without the underscore, or torch.no_grad()");
-    TORCH_CHECK(!a.tensor->_fw_grad(/*level=*/0).defined(), op,
-                ": expected no argument with a forward-mode tangent (the op writes into input), got ", a.name,
-                "; use the op without the underscore");
-  }
-}
-
-void writable(const char* op, const Tensor& input) {
-  TORCH_CHECK(at::has_internal_overlap(input) != at::MemOverlap::Yes, op,
-              ": expected input whose elements do not share memory (the op writes into it), got shape ",
-              input.sym_sizes(), " with strides ", input.sym_strides());
-}
-
-void apart(const char* op, const Tensor& input, const OptionalTensor& residual, Arguments others) {
-  if (residual.has_value()) {
-    TORCH_CHECK(at::get_overlap_status(input, *residual) != at::MemOverlapStatus::Partial, op,
-                ": expected residual to be apart from input or the same tensor (the op writes into input), got one "
-                "that overlaps it in part");
-  }
-  for (const Argument& a : others) {
-    if (!a.tensor) continue;
-    const auto status = at::get_overlap_status(input, *a.tensor);
-    TORCH_CHECK(status != at::MemOverlapStatus::Partial && status != at::MemOverlapStatus::Full, op, ": expected ",
-                a.name, " to be apart from input (the op writes into it), got one that overlaps it");
-  }
-}
-
-void saved(const char* op, const char* name, const Tensor& tensor, const c10::SymInt& rows, const c10::SymInt& columns,
-           at::ScalarType type) {
-  strided(op, name, tensor);
-  dtype(op, name, tensor, type);
-  shape(op, name, tensor, {rows, columns});
-}
-
-void saved_vector(const char* op, const char* name, const Tensor& tensor, const c10::SymInt& size,
-                  at::ScalarType type) {
-  strided(op, name, tensor);
-  dtype(op, name, tensor, type);
-  shape(op, name, tensor, {size});
-}
-
-void same_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
-  shape(op, name, tensor, like.sym_sizes());
 }
 
 }  // namespace se_ext::checks

@@ -332,16 +332,16 @@ std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_out
 
 namespace {
 
-Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
-  checks::rescale("rescale_", input, scale, residual, post_activation);
-  return input.copy_(rescale(input, scale, residual, post_activation));
+void rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
+  checks::rescale_in_place(input, scale, residual, post_activation);
+  input.copy_(rescale(input, scale, residual, post_activation));
 }
 
-Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-                        const OptionalTensor& b2, std::string_view activation, std::string_view gate,
-                        const OptionalTensor& residual, std::string_view post_activation) {
-  checks::squeeze_excite("squeeze_excite_", input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
-  return input.copy_(squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation));
+void squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                     const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                     const OptionalTensor& residual, std::string_view post_activation) {
+  checks::squeeze_excite_in_place(input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
+  input.copy_(squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation));
 }
 
 // Devices without kernels of ours.

@@ -3,31 +3,21 @@
 // running_statistics.cpp.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
-#include <torch/version.h>
-
-// torch.compile makes an in-place op functional when it carries this tag, which torch has since 2.13.
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-#define SE_EXT_INPLACE {at::Tag::inplace, at::Tag::pt2_compliant_tag}
-#else
-#define SE_EXT_INPLACE {at::Tag::pt2_compliant_tag}
-#endif
 
 TORCH_LIBRARY(se_ext, m) {
-  const std::vector<at::Tag> functional{at::Tag::pt2_compliant_tag};
-  const std::vector<at::Tag> in_place SE_EXT_INPLACE;
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
 
   // The formula: squeeze, excite, rescale, and the three as one.
-  m.def("squeeze(Tensor input) -> Tensor", functional);
+  m.def("squeeze(Tensor input) -> Tensor", tags);
   m.def(
       "excite(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
       "str gate=\"sigmoid\") -> Tensor",
-      functional);
-  m.def("rescale(Tensor input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") -> Tensor",
-        functional);
+      tags);
+  m.def("rescale(Tensor input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") -> Tensor", tags);
   m.def(
       "squeeze_excite(Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
       "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> Tensor",
-      functional);
+      tags);
 
   // The block behind a prologue: u = pre(weight ⊙ norm(input) + bias) takes the place of input. norm is the batch's own
   // normalisation where batch_statistics, else nothing. mean and var (biased) [C] are those of the batch, for the
@@ -37,7 +27,7 @@ TORCH_LIBRARY(se_ext, m) {
       "Tensor? b2, bool batch_statistics, float eps=1e-05, str pre_activation=\"identity\", str activation=\"relu\", "
       "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\", Tensor? drop_scale=None) "
       "-> (Tensor output, Tensor mean, Tensor var)",
-      functional);
+      tags);
   // The same with the running statistics of a batch norm module: read where not training, else updated, as is the count
   // of batches. No momentum: the average of all batches.
   m.def(
@@ -45,71 +35,70 @@ TORCH_LIBRARY(se_ext, m) {
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
       "bool training, float? momentum, float eps, str pre_activation, str activation, str gate, Tensor? residual, "
       "str post_activation, Tensor? drop_scale) -> Tensor",
-      functional);
+      tags);
 
   // A batch norm and an activation without a block behind them, for the rest of a network:
   // y = activation(weight ⊙ norm(input) + bias). Statistics as above, and inverse = 1 / sqrt(var + eps).
   m.def(
       "_bn_activation(Tensor input, Tensor? weight, Tensor? bias, bool batch_statistics, float eps, str activation) "
       "-> (Tensor output, Tensor mean, Tensor var, Tensor inverse)",
-      functional);
+      tags);
   m.def(
       "_bn_activation_running(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
       "str activation) -> Tensor",
-      functional);
+      tags);
 
-  // In place, for inference.
-  m.def(
-      "rescale_(Tensor(a!) input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") "
-      "-> Tensor(a!)",
-      in_place);
+  // In place, for inference. They return nothing: a compiler takes what an op returns for memory of its own, and reuses
+  // that of an input whose last reader it has seen, while an alias of it is still to be read.
+  m.def("rescale_(Tensor(a!) input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") -> ()",
+        tags);
   m.def(
       "squeeze_excite_(Tensor(a!) input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
-      "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> Tensor(a!)",
-      in_place);
+      "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> ()",
+      tags);
 
   // For autograd. `saved` is the output where post_activation's slope follows from it, else the residual; None
   // without a residual. A mask says which gradients are wanted; the others come back as None.
   m.def(
       "_excite_forward(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate) "
       "-> (Tensor output, Tensor hidden)",
-      functional);
+      tags);
   m.def(
       "_excite_backward(Tensor grad_output, Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
       "Tensor hidden, Tensor scale, str activation, str gate, bool[5] mask) "
       "-> (Tensor z, Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
-      functional);
+      tags);
   m.def(
       "_rescale_backward(Tensor grad_output, Tensor input, Tensor scale, Tensor? saved, str post_activation, "
       "bool[3] mask) -> (Tensor input, Tensor scale, Tensor residual)",
-      functional);
+      tags);
   m.def(
       "_squeeze_excite_forward(Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, "
       "str gate, Tensor? residual, str post_activation) "
       "-> (Tensor output, Tensor z, Tensor hidden, Tensor scale)",
-      functional);
+      tags);
   m.def(
       "_squeeze_excite_backward(Tensor grad_output, Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
       "Tensor z, Tensor hidden, Tensor scale, Tensor? saved, str activation, str gate, str post_activation, "
       "bool[6] mask) -> (Tensor input, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor residual)",
-      functional);
+      tags);
   m.def(
       "_bn_squeeze_excite_forward(Tensor input, Tensor? bn_weight, Tensor? bn_bias, Tensor w1, Tensor? b1, Tensor w2, "
       "Tensor? b2, bool batch_statistics, float eps, str pre_activation, str activation, str gate, Tensor? residual, "
       "str post_activation, Tensor? drop_scale) -> (Tensor output, Tensor mean, Tensor var, Tensor inverse, "
       "Tensor sample_means, Tensor z, Tensor hidden, Tensor scale)",
-      functional);
+      tags);
   m.def(
       "_bn_squeeze_excite_backward(Tensor grad_output, Tensor input, Tensor? bn_weight, Tensor? bn_bias, Tensor w1, "
       "Tensor? b1, Tensor w2, Tensor? b2, Tensor mean, Tensor inverse, Tensor sample_means, Tensor z, Tensor hidden, "
       "Tensor scale, Tensor? saved, Tensor? drop_scale, bool batch_statistics, float eps, str pre_activation, "
       "str activation, str gate, str post_activation, bool[8] mask) -> (Tensor input, Tensor bn_weight, "
       "Tensor bn_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor residual)",
-      functional);
+      tags);
   m.def(
       "_bn_activation_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor inverse, bool batch_statistics, float eps, str activation, bool[3] mask) "
       "-> (Tensor input, Tensor weight, Tensor bias)",
-      functional);
+      tags);
 }

@@ -43,8 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor&
                                                                    const Tensor& hidden, const Tensor& scale,
                                                                    std::string_view activation, std::string_view gate,
                                                                    std::array<bool, 5> mask) {
-  checks::excite(z, {w1, b1, w2, b2, activation, gate});
-  checks::same_shape("excite", "grad_output", grad_output, z);
+  checks::excite_backward(grad_output, z, {w1, b1, w2, b2, activation, gate}, hidden, scale);
   return {empty_if(mask[0], z), empty_if(mask[1], w1), empty_if(mask[2], b1), empty_if(mask[3], w2),
           empty_if(mask[4], b2)};
 }
@@ -55,18 +54,14 @@ Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& r
   return empty_map_like(input);
 }
 
-Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
-  checks::rescale("rescale_", input, scale, residual, post_activation);
-  checks::not_differentiated("rescale_", {{"input", input}, {"scale", scale}, {"residual", residual}});
-  checks::writable("rescale_", input);
-  return input;
+void rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
+  checks::rescale_in_place(input, scale, residual, post_activation);
 }
 
 std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
                                                     const OptionalTensor& saved, std::string_view post_activation,
                                                     std::array<bool, 3> mask) {
-  checks::rescale("rescale", input, scale, saved, post_activation);
-  checks::same_shape("rescale", "grad_output", grad_output, input);
+  checks::rescale_backward(grad_output, input, scale, saved, post_activation);
   return {mask[0] ? empty_map_like(input) : Tensor(), empty_if(mask[1], scale),
           mask[2] ? empty_map_like(input) : Tensor()};
 }
@@ -91,22 +86,18 @@ Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTenso
   return empty_map_like(input);
 }
 
-Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-                        const OptionalTensor& b2, std::string_view activation, std::string_view gate,
-                        const OptionalTensor& residual, std::string_view post_activation) {
-  checks::squeeze_excite("squeeze_excite_", input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
-  checks::not_differentiated(
-      "squeeze_excite_", {{"input", input}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"residual", residual}});
-  checks::writable("squeeze_excite_", input);
-  return input;
+void squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                     const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                     const OptionalTensor& residual, std::string_view post_activation) {
+  checks::squeeze_excite_in_place(input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
     const OptionalTensor& b2, const Tensor& z, const Tensor& hidden, const Tensor& scale, const OptionalTensor& saved,
     std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 6> mask) {
-  checks::squeeze_excite("squeeze_excite", input, {w1, b1, w2, b2, activation, gate}, saved, post_activation);
-  checks::same_shape("squeeze_excite", "grad_output", grad_output, input);
+  checks::squeeze_excite_backward(grad_output, input, {w1, b1, w2, b2, activation, gate}, {z, hidden, scale}, saved,
+                                  post_activation);
   return {mask[0] ? empty_map_like(input) : Tensor(),
           empty_if(mask[1], w1),
           empty_if(mask[2], b1),
@@ -150,13 +141,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_backward(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, const Tensor&,
-    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor& saved,
-    const OptionalTensor& drop_scale, bool batch_statistics, double, std::string_view pre_activation,
-    std::string_view activation, std::string_view gate, std::string_view post_activation, std::array<bool, 8> mask) {
-  checks::bn_squeeze_excite("bn_squeeze_excite", input, {weight, bias, batch_statistics, pre_activation},
-                            {w1, b1, w2, b2, activation, gate}, saved, post_activation, drop_scale);
-  checks::same_shape("bn_squeeze_excite", "grad_output", grad_output, input);
+    const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, const Tensor& mean,
+    const Tensor& inverse, const Tensor& sample_means, const Tensor& z, const Tensor& hidden, const Tensor& scale,
+    const OptionalTensor& saved, const OptionalTensor& drop_scale, bool batch_statistics, double,
+    std::string_view pre_activation, std::string_view activation, std::string_view gate,
+    std::string_view post_activation, std::array<bool, 8> mask) {
+  checks::bn_squeeze_excite_backward(grad_output, input, {weight, bias, batch_statistics, pre_activation},
+                                     {w1, b1, w2, b2, activation, gate}, {mean, inverse, sample_means},
+                                     {z, hidden, scale}, saved, post_activation, drop_scale);
   return {mask[0] ? empty_map_like(input) : Tensor(),
           empty_if(mask[1], weight),
           empty_if(mask[2], bias),
@@ -179,10 +171,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const Tensor& input, co
 
 std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_output, const Tensor& input,
                                                           const OptionalTensor& weight, const OptionalTensor& bias,
-                                                          const Tensor&, const Tensor&, bool batch_statistics, double,
-                                                          std::string_view activation, std::array<bool, 3> mask) {
-  checks::bn_activation("bn_activation", input, weight, bias, batch_statistics, activation);
-  checks::same_shape("bn_activation", "grad_output", grad_output, input);
+                                                          const Tensor& mean, const Tensor& inverse,
+                                                          bool batch_statistics, double, std::string_view activation,
+                                                          std::array<bool, 3> mask) {
+  checks::bn_activation_backward(grad_output, input, weight, bias, mean, inverse, batch_statistics, activation);
   return {mask[0] ? empty_map_like(input) : Tensor(), empty_if(mask[1], weight), empty_if(mask[2], bias)};
 }
 

@@ -30,9 +30,9 @@ SE_EXT_OP(rescale, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, s
 SE_EXT_OP(squeeze_excite,
           Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
                  std::string_view, std::string_view, const OptionalTensor&, std::string_view))
-SE_EXT_OP(rescale_, Tensor&(Tensor&, const Tensor&, const OptionalTensor&, std::string_view))
-SE_EXT_OP(squeeze_excite_, Tensor&(Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
-                                   std::string_view, std::string_view, const OptionalTensor&, std::string_view))
+SE_EXT_OP(rescale_, void(Tensor&, const Tensor&, const OptionalTensor&, std::string_view))
+SE_EXT_OP(squeeze_excite_, void(Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                                std::string_view, std::string_view, const OptionalTensor&, std::string_view))
 SE_EXT_OP(_excite_forward,
           std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                                      const OptionalTensor&, std::string_view, std::string_view))

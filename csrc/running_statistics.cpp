@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "allocate.h"
+#include "autocast.h"
 #include "ops.h"
 
 namespace se_ext {
@@ -118,10 +119,21 @@ void update(const Running& running, const Tensor& input, const Tensor& mean, con
 // A batch norm's vectors and statistics, as a module holds them.
 struct BatchNorm {
   const OptionalTensor &weight, &bias;
+  const char *weight_name, *bias_name;
   Running running;
   bool training;
   double eps;
 };
+
+void check_folded(const char* op, const Tensor& input, const BatchNorm& bn) {
+  const Autocast cast(input);
+  const auto check = [&](const char* name, const OptionalTensor& vector) {
+    const auto type = vector.has_value() ? cast.weight_type(*vector) : at::ScalarType::Undefined;
+    checks::folded_vector(op, name, vector, type, input, cast.map_type(input));
+  };
+  check(bn.weight_name, bn.weight);
+  check(bn.bias_name, bn.bias);
+}
 
 // call(weight, bias, batch_statistics) is the op on the batch norm's weight and bias where it is training, else on what
 // they and the running statistics fold into; it returns the output and the statistics of the batch.
@@ -133,6 +145,7 @@ Tensor with_running_statistics(const char* op, const Tensor& input, const BatchN
   if (!bn.training) {
     TORCH_CHECK(mean.has_value() && var.has_value(), op,
                 ": expected running_mean and running_var when training is False, got None");
+    check_folded(op, input, bn);
     const auto [a, b] = fold(bn.weight, bn.bias, *mean, *var, bn.eps, accumulation_type(input.scalar_type()));
     return std::get<0>(call(a, b, /*batch_statistics=*/false));
   }
@@ -148,7 +161,8 @@ Tensor bn_squeeze_excite(const Tensor& input, const OptionalTensor& weight, cons
                          std::string_view pre_activation, std::string_view activation, std::string_view gate,
                          const OptionalTensor& residual, std::string_view post_activation,
                          const OptionalTensor& drop_scale) {
-  const BatchNorm bn{weight, bias, {running_mean, running_var, batches, momentum}, training, eps};
+  const BatchNorm bn{weight,   bias, "bn_weight", "bn_bias", {running_mean, running_var, batches, momentum},
+                     training, eps};
   return with_running_statistics(
       "bn_squeeze_excite", input, bn, [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
         return ops::bn_squeeze_excite().call(input, a, b, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
@@ -160,7 +174,7 @@ Tensor bn_activation(const Tensor& input, const OptionalTensor& weight, const Op
                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
                      const OptionalTensor& batches, bool training, std::optional<double> momentum, double eps,
                      std::string_view activation) {
-  const BatchNorm bn{weight, bias, {running_mean, running_var, batches, momentum}, training, eps};
+  const BatchNorm bn{weight, bias, "weight", "bias", {running_mean, running_var, batches, momentum}, training, eps};
   return with_running_statistics("bn_activation", input, bn,
                                  [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
                                    return ops::_bn_activation().call(input, a, b, batch_statistics, eps, activation);

@@ -186,5 +186,6 @@ def squeeze_excite(
         )
         return output
     if inplace:
-        return torch.ops.se_ext.squeeze_excite_(input, w1, b1, w2, b2, activation, gate, residual, post_activation)
+        torch.ops.se_ext.squeeze_excite_(input, w1, b1, w2, b2, activation, gate, residual, post_activation)
+        return input
     return torch.ops.se_ext.squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation)

@@ -32,10 +32,6 @@ GATES = list(se_ext.reference.GATES)
 CPU = torch.device("cpu")
 RANDOM = ("rand", "randn", "randint", "rand_like", "randn_like")
 
-needs_functional_in_place = pytest.mark.skipif(
-    not hasattr(torch.Tag, "inplace"), reason="in-place ops under torch.compile need torch 2.13"
-)
-
 
 # ---- where the tests run ----
 

@@ -311,9 +311,8 @@ def in_place_cases(op: str, others: Callable[[], dict[str, Any]], small: tuple[s
             f"{SHARED}[3, 8, 5, 5] with strides [0, 25, 5, 1]",
             lambda _: (x(1, C, 5, 5).expand(N, C, 5, 5), others()),
         ),
-        # Fake and meta tensors have no memory that could be shared.
-        case(op, "residual-overlaps", RuntimeError, PARTIAL, overlapping_residual, modes=("real",)),
-        case(op, "residual-transposed", RuntimeError, PARTIAL, transposed_residual, modes=("real",)),
+        case(op, "residual-overlaps", RuntimeError, PARTIAL, overlapping_residual),
+        case(op, "residual-transposed", RuntimeError, PARTIAL, transposed_residual),
     ]
 
 

@@ -161,9 +161,14 @@ def calls(x: Tensor) -> dict[str, Callable[[], Any]]:
             g, x, *k, z, hidden, s, None, *names, "identity", [True, True, False, True, False, False]
         ),
         "autograd": lambda: _gradients(x, w),
-        "rescale_": lambda: OPS.rescale_(x.clone(), s),
-        "squeeze_excite_": lambda: OPS.squeeze_excite_(x.clone(), *w, *names),
+        "rescale_": lambda: _written(OPS.rescale_, x.clone(), s),
+        "squeeze_excite_": lambda: _written(OPS.squeeze_excite_, x.clone(), *w, *names),
     }
+
+
+def _written(op: Any, x: Tensor, *args: Any) -> Tensor:
+    op(x, *args)
+    return x
 
 
 def _gradients(x: Tensor, w: list[Tensor]) -> tuple[Tensor, ...]:

@@ -54,15 +54,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_out
                                                           const Tensor& mean, const Tensor& inverse,
                                                           bool batch_statistics, double /*eps*/,
                                                           std::string_view activation_, std::array<bool, 3> mask) {
-  checks::bn_activation(kOp, input, weight, bias, batch_statistics, activation_);
-  checks::same_shape(kOp, "grad_output", grad_output, input);
+  checks::bn_activation_backward(grad_output, input, weight, bias, mean, inverse, batch_statistics, activation_);
   const FeatureMap x(input);
   const std::int64_t N = x.samples, C = x.slab.channels, slab = x.slab_elements();
   const Activation activation = parse_activation(kOp, "activation", activation_);
   Vectors v(weight, bias, accumulation_type(input.scalar_type()));
   if (batch_statistics) {
-    checks::saved_vector(kOp, "mean", mean, C, v.type);
-    checks::saved_vector(kOp, "inverse", inverse, C, v.type);
     v.mean = mean.contiguous();
     v.inverse = inverse.contiguous();
   }
@@ -105,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_out
     });
     v.sums().sum_samples(N, 2 * C, sums_at.base, totals_at.base);
     v.kernels().backward_coefficients(norm, totals_at.base, grad_weight_at.base, slope_at.base, offset_at.base);
-    if (mask[1]) grad_weight = vector_gradient(weight, grad_weight_at, v.type);
-    if (mask[2]) grad_bias = vector_gradient(bias, totals_at, v.type);
+    if (mask[1]) grad_weight = vector_gradient(x, weight, grad_weight_at, v.type);
+    if (mask[2]) grad_bias = vector_gradient(x, bias, totals_at, v.type);
   }
   if (mask[0]) {
     schedule.run_backwards(N, [&](Team team, int, std::int64_t first, std::int64_t samples) {

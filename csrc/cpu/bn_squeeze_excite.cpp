@@ -140,9 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
     const OptionalTensor& saved, const OptionalTensor& drop_scale, bool batch_statistics, double /*eps*/,
     std::string_view pre_activation, std::string_view activation, std::string_view gate,
     std::string_view post_activation, std::array<bool, 8> mask) {
-  checks::bn_squeeze_excite(kOp, input, {weight, bias, batch_statistics, pre_activation},
-                            {w1, b1, w2, b2, activation, gate}, saved, post_activation, drop_scale);
-  checks::same_shape(kOp, "grad_output", grad_output, input);
+  checks::bn_squeeze_excite_backward(grad_output, input, {weight, bias, batch_statistics, pre_activation},
+                                     {w1, b1, w2, b2, activation, gate}, {mean, inverse, sample_means_},
+                                     {z_, hidden_, scale_}, saved, post_activation, drop_scale);
   const FeatureMap x(input);
   const Excitation e(w1, b1, w2, b2, parse_activation(kOp, "activation", activation), parse_gate(kOp, gate));
   const Activation pre = parse_activation(kOp, "pre_activation", pre_activation);
@@ -150,13 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
   const bool is_identity = pre == Activation::Identity;
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels(), slab = x.slab_elements();
   Vectors v(weight, bias, accumulation_type(input.scalar_type()));
-  checks::saved(kOp, "z", z_, N, C, v.type);
-  checks::saved(kOp, "hidden", hidden_, N, M, v.type);
-  checks::saved(kOp, "scale", scale_, N, C, v.type);
-  if (is_identity) checks::saved(kOp, "sample_means", sample_means_, N, C, v.type);
   if (batch_statistics) {
-    checks::saved_vector(kOp, "mean", mean, C, v.type);
-    checks::saved_vector(kOp, "inverse", inverse, C, v.type);
     v.mean = mean.contiguous();
     v.inverse = inverse.contiguous();
   }
@@ -264,8 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
   if (needs_totals) {
     v.sums().sum_samples(N, parts * C, sums_at.base, totals_at.base);
     vectors.backward_coefficients(norm, totals_at.base, grad_weight_at.base, slope_at.base, batch_offset_at.base);
-    if (mask[1]) grad_weight = vector_gradient(weight, grad_weight_at, v.type);
-    if (mask[2]) grad_bias = vector_gradient(bias, totals_at, v.type);
+    if (mask[1]) grad_weight = vector_gradient(x, weight, grad_weight_at, v.type);
+    if (mask[2]) grad_bias = vector_gradient(x, bias, totals_at, v.type);
   }
   if (writes && batch_statistics) {
     schedule.run_backwards(

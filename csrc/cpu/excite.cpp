@@ -42,10 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> excite_backward(const Tensor&
                                                                    const Tensor& hidden, const Tensor& scale,
                                                                    std::string_view activation, std::string_view gate,
                                                                    std::array<bool, 5> mask) {
-  checks::excite(z, {w1, b1, w2, b2, activation, gate});
-  checks::same_shape("excite", "grad_output", grad_output, z);
-  checks::saved("excite", "hidden", hidden, z.size(0), w1.size(0), accumulation_type(z.scalar_type()));
-  checks::saved("excite", "scale", scale, z.size(0), z.size(1), z.scalar_type());
+  checks::excite_backward(grad_output, z, {w1, b1, w2, b2, activation, gate}, hidden, scale);
   const Excitation e(w1, b1, w2, b2, parse_activation("excite", "activation", activation), parse_gate("excite", gate));
   const std::int64_t N = z.size(0);
   const auto type = accumulation_type(z.scalar_type());

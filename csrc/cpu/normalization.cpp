@@ -1,6 +1,7 @@
 #include "normalization.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <cstring>
 #include <limits>
@@ -43,9 +44,11 @@ void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Stat
   v.inverse = found.inverse;
 }
 
-at::Tensor vector_gradient(const checks::OptionalTensor& of, const Pointer& from, at::ScalarType type) {
+at::Tensor vector_gradient(const FeatureMap& x, const checks::OptionalTensor& of, const Pointer& from,
+                           at::ScalarType type) {
+  if (x.slab.points == 0) return at::zeros(of->sizes(), of->options());
   at::Tensor t = at::empty(of->sizes(), of->options().dtype(type));
-  std::memcpy(t.data_ptr(), from.base, t.nbytes());
+  if (t.numel() > 0) std::memcpy(t.data_ptr(), from.base, t.nbytes());  // no null pointer, even for no bytes
   return t.to(of->scalar_type());
 }
 

@@ -48,8 +48,10 @@ struct Statistics {
 // Fills `found`, and gives v its mean and inverse.
 void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Statistics& found);
 
-// The gradients of weight and bias from what was summed up of the batch, in the dtypes that they have.
-at::Tensor vector_gradient(const checks::OptionalTensor& of, const Pointer& from, at::ScalarType type);
+// The gradient of a weight or bias from what was summed up of the batch, in the dtype that it has. A map of no points
+// gives zeros: its sums hold the mean of no points, which is NaN.
+at::Tensor vector_gradient(const FeatureMap& x, const checks::OptionalTensor& of, const Pointer& from,
+                           at::ScalarType type);
 
 // f(n) for this thread's samples of the block. Ends with a barrier.
 template <class F>

@@ -80,20 +80,15 @@ Tensor squeeze_excite(const Tensor& input, const Tensor& w1, const OptionalTenso
   return y;
 }
 
-Tensor& squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
-                        const OptionalTensor& b2, std::string_view activation, std::string_view gate,
-                        const OptionalTensor& residual, std::string_view post_activation) {
+void squeeze_excite_(Tensor& input, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                     const OptionalTensor& b2, std::string_view activation, std::string_view gate,
+                     const OptionalTensor& residual, std::string_view post_activation) {
   const char* op = "squeeze_excite_";
-  checks::squeeze_excite(op, input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
-  checks::not_differentiated(
-      op, {{"input", input}, {"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}, {"residual", residual}});
-  checks::writable(op, input);
-  checks::apart(op, input, residual, {{"w1", w1}, {"b1", b1}, {"w2", w2}, {"b2", b2}});
+  checks::squeeze_excite_in_place(input, {w1, b1, w2, b2, activation, gate}, residual, post_activation);
   const FeatureMap x(input);
   const Excitation e(w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
   forward(x, e, residual, parse_activation(op, "post_activation", post_activation), x.tensor, nullptr);
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
-  return input;
 }
 
 // (grad_input, grad_w1, grad_b1, grad_w2, grad_b2, grad_residual), those that the mask asks for.
@@ -103,12 +98,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backwa
     const OptionalTensor& saved, std::string_view activation, std::string_view gate, std::string_view post_activation,
     std::array<bool, 6> mask) {
   const char* op = "squeeze_excite";
-  checks::squeeze_excite(op, input, {w1, b1, w2, b2, activation, gate}, saved, post_activation);
-  checks::same_shape(op, "grad_output", grad_output, input);
+  checks::squeeze_excite_backward(grad_output, input, {w1, b1, w2, b2, activation, gate}, {z_, hidden_, scale_}, saved,
+                                  post_activation);
   const auto type = accumulation_type(input.scalar_type());
-  checks::saved(op, "z", z_, input.size(0), input.size(1), type);
-  checks::saved(op, "hidden", hidden_, input.size(0), w1.size(0), type);
-  checks::saved(op, "scale", scale_, input.size(0), input.size(1), type);
   const FeatureMap x(input);
   const Excitation e(w1, b1, w2, b2, parse_activation(op, "activation", activation), parse_gate(op, gate));
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels(), slab = x.slab_elements();

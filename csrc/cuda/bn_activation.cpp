@@ -50,8 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_out
                                                           const Tensor& mean, const Tensor& inverse,
                                                           bool batch_statistics, double /*eps*/,
                                                           std::string_view activation_, std::array<bool, 3> mask) {
-  checks::bn_activation(kOp, input, weight, bias, batch_statistics, activation_);
-  checks::same_shape(kOp, "grad_output", grad_output, input);
+  checks::bn_activation_backward(grad_output, input, weight, bias, mean, inverse, batch_statistics, activation_);
   const c10::cuda::CUDAGuard guard(input.device());
   const FeatureMap x = aligned_map(input);
   const std::int64_t N = x.samples, C = x.slab.channels;
@@ -61,8 +60,6 @@ std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_out
   const auto options = input.options().dtype(type);
   Vectors v(weight, bias, type);
   if (batch_statistics) {
-    checks::saved_vector(kOp, "mean", mean, C, type);
-    checks::saved_vector(kOp, "inverse", inverse, C, type);
     v.mean = vector_in(mean, type);
     v.inverse = vector_in(inverse, type);
   }
@@ -107,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_out
                                    /*has_activation=*/false, mask[1] ? writable(grad_weight) : grad_weight_at,
                                    mask[2] ? writable(grad_bias) : grad_bias_at, slope, offset},
                                   batch.stream));
-    if (mask[1]) grad_weight = grad_weight.to(weight->scalar_type());
-    if (mask[2]) grad_bias = grad_bias.to(bias->scalar_type());
+    if (mask[1]) grad_weight = vector_gradient(x, weight, grad_weight);
+    if (mask[2]) grad_bias = vector_gradient(x, bias, grad_bias);
   }
   if (mask[0]) C10_CUDA_CHECK(write_prologue_backward(batch, prologue, maps));
   return {grad_input, grad_weight, grad_bias};

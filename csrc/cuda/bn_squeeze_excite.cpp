@@ -117,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
     const OptionalTensor& saved, const OptionalTensor& drop_scale, bool batch_statistics, double /*eps*/,
     std::string_view pre_activation, std::string_view activation, std::string_view gate,
     std::string_view post_activation, std::array<bool, 8> mask) {
-  checks::bn_squeeze_excite(kOp, input, {weight, bias, batch_statistics, pre_activation},
-                            {w1, b1, w2, b2, activation, gate}, saved, post_activation, drop_scale);
-  checks::same_shape(kOp, "grad_output", grad_output, input);
+  checks::bn_squeeze_excite_backward(grad_output, input, {weight, bias, batch_statistics, pre_activation},
+                                     {w1, b1, w2, b2, activation, gate}, {mean, inverse, sample_means_},
+                                     {z_, hidden_, scale_}, saved, post_activation, drop_scale);
   const c10::cuda::CUDAGuard guard(input.device());
   const FeatureMap x = aligned_map(input);
   const Excitation e(w1, b1, w2, b2, parse_activation(kOp, "activation", activation), parse_gate(kOp, gate));
@@ -129,14 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels();
   const auto type = accumulation_type(input.scalar_type());
   const bool is_double = type == at::kDouble;
-  checks::saved(kOp, "z", z_, N, C, type);
-  checks::saved(kOp, "hidden", hidden_, N, M, type);
-  checks::saved(kOp, "scale", scale_, N, C, type);
-  if (is_identity) checks::saved(kOp, "sample_means", sample_means_, N, C, type);
   Vectors v(weight, bias, type);
   if (batch_statistics) {
-    checks::saved_vector(kOp, "mean", mean, C, type);
-    checks::saved_vector(kOp, "inverse", inverse, C, type);
     v.mean = vector_in(mean, type);
     v.inverse = vector_in(inverse, type);
   }
@@ -189,8 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_sq
                                    mask[1] ? writable(weight_gradient) : grad_weight,
                                    mask[2] ? writable(bias_gradient) : grad_bias, slope, offset},
                                   batch.stream));
-    if (mask[1]) weight_gradient = weight_gradient.to(weight->scalar_type());
-    if (mask[2]) bias_gradient = bias_gradient.to(bias->scalar_type());
+    if (mask[1]) weight_gradient = vector_gradient(x, weight, weight_gradient);
+    if (mask[2]) bias_gradient = vector_gradient(x, bias, bias_gradient);
   }
   if (writes && batch_statistics) C10_CUDA_CHECK(write_prologue_backward(batch, prologue, maps));
   const Excitation::Gradients grads =

@@ -1,5 +1,7 @@
 #include "normalization.h"
 
+#include <ATen/ops/zeros_like.h>
+
 #include <limits>
 
 namespace se_ext::cuda {
@@ -28,6 +30,10 @@ void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Batc
                                    writable(found.var), writable(found.inverse), a, b, eps}));
   v.mean = found.mean;
   v.inverse = found.inverse;
+}
+
+at::Tensor vector_gradient(const FeatureMap& x, const checks::OptionalTensor& of, const at::Tensor& summed) {
+  return (x.slab.points > 0 ? summed : at::zeros_like(summed)).to(of->scalar_type());
 }
 
 }  // namespace se_ext::cuda

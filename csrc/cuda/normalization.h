@@ -30,4 +30,8 @@ struct BatchStatistics {
 // Fills `found`, gives v its mean and inverse, and writes the affine map that they make, a and b [C].
 void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const BatchStatistics& found, void* a, void* b);
 
+// The gradient of a weight or bias, [C], from what was summed up of the batch, in the dtype that it has. A map of no
+// points gives zeros: its sums hold the mean of no points, which is NaN.
+at::Tensor vector_gradient(const FeatureMap& x, const checks::OptionalTensor& of, const at::Tensor& summed);
+
 }  // namespace se_ext::cuda

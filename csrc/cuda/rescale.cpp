@@ -28,23 +28,18 @@ Tensor rescale(const Tensor& input, const Tensor& scale, const OptionalTensor& r
   return y;
 }
 
-Tensor& rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
-  checks::rescale("rescale_", input, scale, residual, post_activation);
-  checks::not_differentiated("rescale_", {{"input", input}, {"scale", scale}, {"residual", residual}});
-  checks::writable("rescale_", input);
-  checks::apart("rescale_", input, residual, {{"scale", scale}});
+void rescale_(Tensor& input, const Tensor& scale, const OptionalTensor& residual, std::string_view post_activation) {
+  checks::rescale_in_place(input, scale, residual, post_activation);
   const c10::cuda::CUDAGuard guard(input.device());
   const FeatureMap x = aligned_map(input);
   run(x, scale, residual, parse_activation("rescale_", "post_activation", post_activation), x.tensor);
   if (!x.tensor.is_same(input)) input.copy_(x.tensor);
-  return input;
 }
 
 std::tuple<Tensor, Tensor, Tensor> rescale_backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
                                                     const OptionalTensor& saved, std::string_view post_activation,
                                                     std::array<bool, 3> mask) {
-  checks::rescale("rescale", input, scale, saved, post_activation);
-  checks::same_shape("rescale", "grad_output", grad_output, input);
+  checks::rescale_backward(grad_output, input, scale, saved, post_activation);
   const c10::cuda::CUDAGuard guard(input.device());
   const FeatureMap x = aligned_map(input);
   const auto type = accumulation_type(input.scalar_type());
