@@ -1,6 +1,6 @@
 // Every op of se_ext, on one screen. Kernels: cpu/, cuda/ · fake kernels: meta.cpp · autograd: autograd.cpp · autocast:
-// autocast.cpp · torch.func transforms and devices without kernels: composite.cpp · in terms of other ops:
-// running_statistics.cpp.
+// autocast.cpp · torch.func transforms and devices without kernels: composite.cpp · in-place ops in traced programs:
+// functionalize.cpp · in terms of other ops: running_statistics.cpp.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
