@@ -16,13 +16,20 @@ from ._names import ACTIVATIONS, GATES, name_of
 # ruff: noqa: UP045
 
 
+# What other libraries call fc1 and fc2: timm's SqueezeExcite (EfficientNet, MobileNetV3); MONAI and others, whose
+# layers are the first and third module of a Sequential.
+_OTHER_NAMES = {"fc1.": ("conv_reduce.", "fc.0."), "fc2.": ("conv_expand.", "fc.2.")}
+
+
 class SqueezeExcitation(nn.Module):
     r"""The Squeeze-and-Excitation block: y = post(gate(W2 act(W1 mean(x) + b1) + b2) ⊙ x + residual).
 
     Signature and state_dict are those of torchvision.ops.SqueezeExcitation, and the keys those of timm's SEModule:
     `fc1.weight` [M, C, 1, 1], `fc1.bias` [M], `fc2.weight` [C, M, 1, 1], `fc2.bias` [C]. Checkpoints of both load as
-    they are. `fc1` and `fc2` are Conv2d modules that hold the parameters (and their default initialisation); the
-    computation is one fused op.
+    they are. So do those of timm's SqueezeExcite (EfficientNet, MobileNetV3: `conv_reduce`, `conv_expand`), those of
+    MONAI (`fc.0`, `fc.2`), and weights of Linear, Conv1d or Conv3d layers ([M, C], [M, C, 1], …); they are saved as
+    `fc1` and `fc2`. `fc1` and `fc2` are Conv2d modules that hold the parameters (and their default initialisation);
+    the computation is one fused op.
 
     Args:
         input_channels: C, of the map.
@@ -98,6 +105,22 @@ class SqueezeExcitation(nn.Module):
         if self.inplace:
             parts.append("inplace=True")
         return ", ".join(parts)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the names and shapes of other libraries' layers; fc1 and fc2 then load what is theirs."""
+        for layer, other_names in _OTHER_NAMES.items():
+            ours = prefix + layer
+            for other in other_names:
+                theirs = prefix + other
+                if not any(key.startswith(ours) for key in state_dict):
+                    for key in [key for key in state_dict if key.startswith(theirs)]:
+                        state_dict[ours + key[len(theirs) :]] = state_dict.pop(key)
+            weight = state_dict.get(ours + "weight")
+            if not isinstance(weight, Tensor) or not isinstance(self._modules[layer[:-1]], nn.Conv2d):
+                continue
+            if weight.dim() in (2, 3, 5) and all(size == 1 for size in weight.shape[2:]):
+                state_dict[ours + "weight"] = weight.detach().reshape(*weight.shape[:2], 1, 1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class BatchNormSqueezeExcitation(nn.Module):
