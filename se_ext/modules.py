@@ -34,9 +34,11 @@ class SqueezeExcitation(nn.Module):
     Args:
         input_channels: C, of the map.
         squeeze_channels: M, the squeezed width (the paper's C / r, r = 16).
-        activation: of the squeezed layer: a torch.nn class (or module, or name) among Identity, ReLU, ReLU6, SiLU,
-            GELU, Hardswish, LeakyReLU (slope 0.01), Tanh, Sigmoid.
-        scale_activation: the gate: Sigmoid, Hardsigmoid, Tanh, ReLU or Identity.
+        activation: of the squeezed layer: Identity, ReLU, ReLU6, SiLU, GELU, Hardswish, LeakyReLU (slope 0.01), Tanh
+            or Sigmoid, as a torch.nn class, a module, a function of torch or torch.nn.functional, a callable that makes
+            a module, or the name that the functions take ("silu"). A class of timm, torchvision, MONAI and the like
+            is recognised by what it computes; of a class of your own pass the name.
+        scale_activation: the gate, likewise: Sigmoid, Hardsigmoid, Tanh, ReLU or Identity.
         bias: whether the two layers have biases (the paper's have none).
         post_activation: applied last, after the residual; None for none.
         inplace: write the result into the input where no gradient is being recorded (torch.no_grad,
@@ -63,11 +65,11 @@ class SqueezeExcitation(nn.Module):
         self,
         input_channels: int,
         squeeze_channels: int,
-        activation: str | Callable[..., nn.Module] = nn.ReLU,
-        scale_activation: str | Callable[..., nn.Module] = nn.Sigmoid,
+        activation: str | Callable[..., Any] = nn.ReLU,
+        scale_activation: str | Callable[..., Any] = nn.Sigmoid,
         *,
         bias: bool = True,
-        post_activation: str | Callable[..., nn.Module] | None = None,
+        post_activation: str | Callable[..., Any] | None = None,
         inplace: bool = False,
     ) -> None:
         super().__init__()
@@ -163,11 +165,11 @@ class BatchNormSqueezeExcitation(nn.Module):
         self,
         input_channels: int,
         squeeze_channels: int,
-        activation: str | Callable[..., nn.Module] = nn.ReLU,
-        scale_activation: str | Callable[..., nn.Module] = nn.Sigmoid,
+        activation: str | Callable[..., Any] = nn.ReLU,
+        scale_activation: str | Callable[..., Any] = nn.Sigmoid,
         *,
-        pre_activation: str | Callable[..., nn.Module] | None = None,
-        post_activation: str | Callable[..., nn.Module] | None = None,
+        pre_activation: str | Callable[..., Any] | None = None,
+        post_activation: str | Callable[..., Any] | None = None,
         bias: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
