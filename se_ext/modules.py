@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, Optional, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,16 @@ from ._names import ACTIVATIONS, GATES, name_of
 # What other libraries call fc1 and fc2: timm's SqueezeExcite (EfficientNet, MobileNetV3); MONAI and others, whose
 # layers are the first and third module of a Sequential.
 _OTHER_NAMES = {"fc1.": ("conv_reduce.", "fc.0."), "fc2.": ("conv_expand.", "fc.2.")}
+
+
+def _at_least_one(argument: str, value: SupportsIndex) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"expected {argument} to be an integer, got {value!r} ({type(value).__name__})") from None
+    if number < 1:
+        raise ValueError(f"expected {argument} to be at least 1, got {number}")
+    return number
 
 
 class SqueezeExcitation(nn.Module):
@@ -49,7 +60,9 @@ class SqueezeExcitation(nn.Module):
         dtype and memory format.
 
     Raises:
-        ValueError: an activation that the kernels do not compute, with the list of those they do.
+        ValueError: an activation that the kernels do not compute, with the list of those they do; a number of channels
+            below 1.
+        TypeError: a number of channels that is no integer.
 
     Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", section 3.
 
@@ -73,6 +86,8 @@ class SqueezeExcitation(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
+        input_channels = _at_least_one("input_channels", input_channels)
+        squeeze_channels = _at_least_one("squeeze_channels", squeeze_channels)
         self.fc1 = nn.Conv2d(input_channels, squeeze_channels, 1, bias=bias)
         self.fc2 = nn.Conv2d(squeeze_channels, input_channels, 1, bias=bias)
         self.activation = name_of("activation", activation, ACTIVATIONS)
@@ -149,7 +164,9 @@ class BatchNormSqueezeExcitation(nn.Module):
         and memory format.
 
     Raises:
-        ValueError: an activation that the kernels do not compute; when training, one value per channel.
+        ValueError: an activation that the kernels do not compute; a number of channels below 1; when training, one
+            value per channel.
+        TypeError: a number of channels that is no integer.
 
     Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", section 3 and figure 3; Ioffe and Szegedy 2015.
 
@@ -177,6 +194,7 @@ class BatchNormSqueezeExcitation(nn.Module):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__()
+        input_channels = _at_least_one("input_channels", input_channels)
         self.bn = nn.BatchNorm2d(input_channels, eps, momentum, affine, track_running_stats)
         self.se = SqueezeExcitation(input_channels, squeeze_channels, activation, scale_activation, bias=bias)
         self.pre_activation = name_of("pre_activation", pre_activation, ACTIVATIONS)

@@ -8,13 +8,14 @@ import pickle
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ACTIVATIONS, GATES, assert_close, make_map, package
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from se_ext import SqueezeExcitation, reference
+from se_ext import BatchNormSqueezeExcitation, SqueezeExcitation, reference
 from se_ext._names import ACTIVATIONS as ACTIVATION_MODULES
 from se_ext._names import GATES as GATE_MODULES
 
@@ -187,6 +188,43 @@ def test_maps_of_one_to_three_spatial_dims(shape: tuple[int, ...], residual: boo
     se = SqueezeExcitation(C, M, post_activation=nn.ReLU)
     x, r = make_map(shape), make_map(shape) if residual else None
     assert_close(se(x, r).detach(), formula(se, x, r), torch.float32, summed=24 + C)
+
+
+class Integer:
+    def __index__(self) -> int:
+        return C
+
+
+@pytest.mark.parametrize("cls", [SqueezeExcitation, BatchNormSqueezeExcitation])
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("squeeze_channels", C // 32, ValueError, "expected squeeze_channels to be at least 1, got 0"),
+        ("squeeze_channels", -1, ValueError, "expected squeeze_channels to be at least 1, got -1"),
+        ("squeeze_channels", C / 8, TypeError, "expected squeeze_channels to be an integer, got 2.0 (float)"),
+        ("squeeze_channels", None, TypeError, "expected squeeze_channels to be an integer, got None (NoneType)"),
+        ("input_channels", 0, ValueError, "expected input_channels to be at least 1, got 0"),
+        ("input_channels", 16.0, TypeError, "expected input_channels to be an integer, got 16.0 (float)"),
+        ("input_channels", "16", TypeError, "expected input_channels to be an integer, got '16' (str)"),
+    ],
+)
+def test_a_number_of_channels_that_makes_no_block(
+    cls: Any, argument: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        cls(**{"input_channels": C, "squeeze_channels": M, argument: value})
+    assert str(caught.value) == message
+
+
+def test_a_number_of_channels_may_be_any_integer() -> None:
+    x = make_map((2, C, 3, 3))
+    for number in (Integer(), torch.tensor(C), np.int64(C), np.uint8(C)):
+        for cls in (SqueezeExcitation, BatchNormSqueezeExcitation):
+            torch.manual_seed(1)
+            module = cls(number, number)
+            torch.manual_seed(1)
+            assert torch.equal(module(x), cls(C, C)(x))
+        assert type(SqueezeExcitation(number, M).fc1.in_channels) is int
 
 
 # ---- in place ----
