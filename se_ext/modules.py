@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, Optional, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -15,32 +16,98 @@ from ._names import ACTIVATIONS, GATES, name_of
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
 # ruff: noqa: UP045
 
+# What other libraries call fc1 and fc2: timm's SqueezeExcite (EfficientNet, MobileNetV3); MONAI and others, whose
+# layers are the first and third module of a Sequential.
+_OTHER_NAMES = {"fc1.": ("conv_reduce.", "fc.0."), "fc2.": ("conv_expand.", "fc.2.")}
+
+
+def _at_least_one(argument: str, value: SupportsIndex) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"expected {argument} to be an integer, got {value!r} ({type(value).__name__})") from None
+    if number < 1:
+        raise ValueError(f"expected {argument} to be at least 1, got {number}")
+    return number
+
+
+def _spatial_dims(dims: SupportsIndex | None) -> int | None:
+    if dims is None:
+        return None
+    number = _at_least_one("dims", dims)
+    if number > 3:
+        raise ValueError(f"expected dims to be 1, 2, 3 or None, got {number}")
+    return number
+
+
+def _is_unbatched(input: Tensor, channels: int, dims: Optional[int]) -> bool:
+    """Whether input is one map [C, *spatial] rather than a batch [N, C, *spatial]."""
+    if dims is not None:
+        if input.dim() != dims + 1 and input.dim() != dims + 2:
+            raise ValueError(
+                f"SqueezeExcitation: expected input of shape [N, C, *spatial] or [C, *spatial] with {dims} spatial "
+                f"dims (the module's dims), got {list(input.shape)}"
+            )
+        return input.dim() == dims + 1
+    if input.dim() != 3 or not _is_number_of_channels(input.size(0), channels):
+        return False
+    if _is_number_of_channels(input.size(1), channels):
+        raise ValueError(
+            f"SqueezeExcitation: expected an input that is either a batch [N, C, L] or one image [C, H, W], got "
+            f"{list(input.shape)}, which with C = {channels} is both; pass dims=1 or dims=2 to the module"
+        )
+    return True
+
+
+def _is_number_of_channels(size: int, channels: int) -> bool:
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if torch.compiler.is_exporting():
+            return _is_known_to_be(size, channels)
+    return size == channels
+
+
+def _is_known_to_be(size: int | torch.SymInt, number: int) -> bool:
+    """False for a dynamic size, whose comparison would exclude the number from what the exported program accepts."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size == number)
+
 
 class SqueezeExcitation(nn.Module):
     r"""The Squeeze-and-Excitation block: y = post(gate(W2 act(W1 mean(x) + b1) + b2) ⊙ x + residual).
 
     Signature and state_dict are those of torchvision.ops.SqueezeExcitation, and the keys those of timm's SEModule:
     `fc1.weight` [M, C, 1, 1], `fc1.bias` [M], `fc2.weight` [C, M, 1, 1], `fc2.bias` [C]. Checkpoints of both load as
-    they are. `fc1` and `fc2` are Conv2d modules that hold the parameters (and their default initialisation); the
-    computation is one fused op.
+    they are. So do those of timm's SqueezeExcite (EfficientNet, MobileNetV3: `conv_reduce`, `conv_expand`), those of
+    MONAI (`fc.0`, `fc.2`), and weights of Linear, Conv1d or Conv3d layers ([M, C], [M, C, 1], …); they are saved as
+    `fc1` and `fc2`. `fc1` and `fc2` are Conv2d modules that hold the parameters (and their default initialisation);
+    the computation is one fused op.
 
     Args:
         input_channels: C, of the map.
         squeeze_channels: M, the squeezed width (the paper's C / r, r = 16).
-        activation: of the squeezed layer: a torch.nn class (or module, or name) among Identity, ReLU, ReLU6, SiLU,
-            GELU, Hardswish, LeakyReLU (slope 0.01), Tanh, Sigmoid.
-        scale_activation: the gate: Sigmoid, Hardsigmoid, Tanh, ReLU or Identity.
+        activation: of the squeezed layer: Identity, ReLU, ReLU6, SiLU, GELU, Hardswish, LeakyReLU (slope 0.01), Tanh
+            or Sigmoid, as a torch.nn class, a module, a function of torch or torch.nn.functional, a callable that makes
+            a module, or the name that the functions take ("silu"). A class of timm, torchvision, MONAI and the like
+            is recognised by what it computes; of a class of your own pass the name.
+        scale_activation: the gate, likewise: Sigmoid, Hardsigmoid, Tanh, ReLU or Identity.
         bias: whether the two layers have biases (the paper's have none).
         post_activation: applied last, after the residual; None for none.
         inplace: write the result into the input where no gradient is being recorded (torch.no_grad,
             torch.inference_mode). While grad mode is on the result is a new tensor.
+        dims: the number of spatial dims, 1 to 3; None: told from the input, which is only in doubt where it has three
+            dims (below).
 
     Shape:
-        input [N, C, *spatial] with 1 to 3 spatial dims, residual of the same shape or None; output of input's shape,
-        dtype and memory format.
+        input [N, C, *spatial] with 1 to 3 spatial dims, or one map [C, *spatial]; residual of the same shape or None;
+        output of input's shape, dtype and memory format. With `dims` the number of dims tells which of the two it is.
+        Without, an input of four or five dims is a batch, and one of three dims is a batch [N, C, L] where its second
+        size is C, or one image [C, H, W] where its first is. torch.fx.symbolic_trace traces a batch.
 
     Raises:
-        ValueError: an activation that the kernels do not compute, with the list of those they do.
+        ValueError: an activation that the kernels do not compute, with the list of those they do; a number of channels
+            below 1; an input of three dims whose first two sizes are both C, without `dims`.
+        TypeError: a number of channels that is no integer.
 
     Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", section 3.
 
@@ -56,14 +123,19 @@ class SqueezeExcitation(nn.Module):
         self,
         input_channels: int,
         squeeze_channels: int,
-        activation: str | Callable[..., nn.Module] = nn.ReLU,
-        scale_activation: str | Callable[..., nn.Module] = nn.Sigmoid,
+        activation: str | Callable[..., Any] = nn.ReLU,
+        scale_activation: str | Callable[..., Any] = nn.Sigmoid,
         *,
         bias: bool = True,
-        post_activation: str | Callable[..., nn.Module] | None = None,
+        post_activation: str | Callable[..., Any] | None = None,
         inplace: bool = False,
+        dims: int | None = None,
     ) -> None:
         super().__init__()
+        input_channels = _at_least_one("input_channels", input_channels)
+        squeeze_channels = _at_least_one("squeeze_channels", squeeze_channels)
+        self.input_channels = input_channels
+        self.dims = _spatial_dims(dims)
         self.fc1 = nn.Conv2d(input_channels, squeeze_channels, 1, bias=bias)
         self.fc2 = nn.Conv2d(squeeze_channels, input_channels, 1, bias=bias)
         self.activation = name_of("activation", activation, ACTIVATIONS)
@@ -72,6 +144,22 @@ class SqueezeExcitation(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        # torch.fx traces a batch: its proxies are no Tensors, and have no number of dims to compare.
+        unbatched = (
+            isinstance(input, Tensor)
+            and (self.dims is not None or input.dim() == 3)
+            and _is_unbatched(input, self.input_channels, self.dims)
+        )
+        batch = input
+        if unbatched:
+            batch = input.unsqueeze(0)
+            residual = None if residual is None else residual.unsqueeze(0)
+        output = self._forward_batch(batch, residual)
+        if unbatched:
+            return input if self.inplace and not torch.is_grad_enabled() else output.squeeze(0)
+        return output
+
+    def _forward_batch(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             w1, b1, w2, b2 = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         else:
@@ -97,7 +185,31 @@ class SqueezeExcitation(nn.Module):
             parts.append(f"post_activation={self.post_activation}")
         if self.inplace:
             parts.append("inplace=True")
+        if self.dims is not None:
+            parts.append(f"dims={self.dims}")
         return ", ".join(parts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "dims" not in self.__dict__:  # pickled by a version that had no such argument
+            self.dims = None
+            self.input_channels = self.fc1.in_channels
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the names and shapes of other libraries' layers; fc1 and fc2 then load what is theirs."""
+        for layer, other_names in _OTHER_NAMES.items():
+            ours = prefix + layer
+            for other in other_names:
+                theirs = prefix + other
+                if not any(key.startswith(ours) for key in state_dict):
+                    for key in [key for key in state_dict if key.startswith(theirs)]:
+                        state_dict[ours + key[len(theirs) :]] = state_dict.pop(key)
+            weight = state_dict.get(ours + "weight")
+            if not isinstance(weight, Tensor) or not isinstance(self._modules[layer[:-1]], nn.Conv2d):
+                continue
+            if weight.dim() in (2, 3, 5) and all(size == 1 for size in weight.shape[2:]):
+                state_dict[ours + "weight"] = weight.detach().reshape(*weight.shape[:2], 1, 1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class BatchNormSqueezeExcitation(nn.Module):
@@ -119,12 +231,14 @@ class BatchNormSqueezeExcitation(nn.Module):
         eps, momentum, affine, track_running_stats: as in torch.nn.BatchNorm2d.
 
     Shape:
-        input [N, C, *spatial] with 1 to 3 spatial dims, residual of the same shape or None, drop_scale [N] or None
-        (stochastic depth: 0 for a dropped sample, 1 / keep probability for the others); output of input's shape, dtype
-        and memory format.
+        input [N, C, *spatial] with 1 to 3 spatial dims, always a batch: a batch norm's statistics are those of one.
+        residual of the same shape or None, drop_scale [N] or None (stochastic depth: 0 for a dropped sample, 1 / keep
+        probability for the others); output of input's shape, dtype and memory format.
 
     Raises:
-        ValueError: an activation that the kernels do not compute; when training, one value per channel.
+        ValueError: an activation that the kernels do not compute; a number of channels below 1; when training, one
+            value per channel.
+        TypeError: a number of channels that is no integer.
 
     Source: Hu et al. 2017, "Squeeze-and-Excitation Networks", section 3 and figure 3; Ioffe and Szegedy 2015.
 
@@ -140,11 +254,11 @@ class BatchNormSqueezeExcitation(nn.Module):
         self,
         input_channels: int,
         squeeze_channels: int,
-        activation: str | Callable[..., nn.Module] = nn.ReLU,
-        scale_activation: str | Callable[..., nn.Module] = nn.Sigmoid,
+        activation: str | Callable[..., Any] = nn.ReLU,
+        scale_activation: str | Callable[..., Any] = nn.Sigmoid,
         *,
-        pre_activation: str | Callable[..., nn.Module] | None = None,
-        post_activation: str | Callable[..., nn.Module] | None = None,
+        pre_activation: str | Callable[..., Any] | None = None,
+        post_activation: str | Callable[..., Any] | None = None,
         bias: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -152,6 +266,7 @@ class BatchNormSqueezeExcitation(nn.Module):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__()
+        input_channels = _at_least_one("input_channels", input_channels)
         self.bn = nn.BatchNorm2d(input_channels, eps, momentum, affine, track_running_stats)
         self.se = SqueezeExcitation(input_channels, squeeze_channels, activation, scale_activation, bias=bias)
         self.pre_activation = name_of("pre_activation", pre_activation, ACTIVATIONS)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ACTIVATIONS, GATES, assert_close, make_map, package
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from se_ext import SqueezeExcitation, reference
+from se_ext import BatchNormSqueezeExcitation, SqueezeExcitation, reference
 from se_ext._names import ACTIVATIONS as ACTIVATION_MODULES
 from se_ext._names import GATES as GATE_MODULES
 
@@ -187,6 +189,218 @@ def test_maps_of_one_to_three_spatial_dims(shape: tuple[int, ...], residual: boo
     se = SqueezeExcitation(C, M, post_activation=nn.ReLU)
     x, r = make_map(shape), make_map(shape) if residual else None
     assert_close(se(x, r).detach(), formula(se, x, r), torch.float32, summed=24 + C)
+
+
+class Integer:
+    def __index__(self) -> int:
+        return C
+
+
+@pytest.mark.parametrize("cls", [SqueezeExcitation, BatchNormSqueezeExcitation])
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("squeeze_channels", C // 32, ValueError, "expected squeeze_channels to be at least 1, got 0"),
+        ("squeeze_channels", -1, ValueError, "expected squeeze_channels to be at least 1, got -1"),
+        ("squeeze_channels", C / 8, TypeError, "expected squeeze_channels to be an integer, got 2.0 (float)"),
+        ("squeeze_channels", None, TypeError, "expected squeeze_channels to be an integer, got None (NoneType)"),
+        ("input_channels", 0, ValueError, "expected input_channels to be at least 1, got 0"),
+        ("input_channels", 16.0, TypeError, "expected input_channels to be an integer, got 16.0 (float)"),
+        ("input_channels", "16", TypeError, "expected input_channels to be an integer, got '16' (str)"),
+    ],
+)
+def test_a_number_of_channels_that_makes_no_block(
+    cls: Any, argument: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        cls(**{"input_channels": C, "squeeze_channels": M, argument: value})
+    assert str(caught.value) == message
+
+
+def test_a_number_of_channels_may_be_any_integer() -> None:
+    x = make_map((2, C, 3, 3))
+    for number in (Integer(), torch.tensor(C), np.int64(C), np.uint8(C)):
+        for cls in (SqueezeExcitation, BatchNormSqueezeExcitation):
+            torch.manual_seed(1)
+            module = cls(number, number)
+            torch.manual_seed(1)
+            assert torch.equal(module(x), cls(C, C)(x))
+        assert type(SqueezeExcitation(number, M).fc1.in_channels) is int
+
+
+# ---- unbatched maps ----
+
+
+def like_torchvisions(**kwargs: Any) -> tuple[nn.Module, SqueezeExcitation]:
+    """Theirs and ours, with the same weights, in float64."""
+    theirs, se = torchvision().ops.SqueezeExcitation(C, M).double(), SqueezeExcitation(C, M, **kwargs).double()
+    se.load_state_dict(theirs.state_dict())
+    return theirs, se
+
+
+def compiled(module: nn.Module, dynamic: bool | None = None) -> Any:
+    torch._dynamo.reset()  # the limit of recompilations is one for all modules of a class
+    return torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+
+
+# The form in which a module is called: as it is, compiled, as TorchScript.
+FORMS: dict[str, Callable[[nn.Module], Any]] = {
+    "eager": lambda module: module,
+    "compile": compiled,
+    "compile, dynamic": lambda module: compiled(module, dynamic=True),
+    "script": torch.jit.script,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dims", [None, 2])
+def test_an_image_without_a_batch_is_torchvisions(dims: int | None, form: str) -> None:
+    theirs, se = like_torchvisions(dims=dims)
+    call = FORMS[form](se)
+    sizes = [(5, 7), (7, 5), (C + 1, C)] + ([(C, 5), (C, C)] if dims else [])
+    for size in sizes:
+        x, x64 = (t.requires_grad_() for t in [make_map((C, *size), torch.float64)] for t in (t, t.clone()))
+        y, expected = call(x), theirs(x64)
+        assert_close(y.detach(), expected.detach(), torch.float64, summed=size[0] * size[1] + C)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        assert_close(x.grad, x64.grad, torch.float64, summed=1000)
+        batch = make_map((3, C, *size), torch.float64)
+        assert_close(call(batch).detach(), theirs(batch).detach(), torch.float64, summed=size[0] * size[1] + C)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_one_map_of_a_given_number_of_spatial_dims(dims: int, form: str) -> None:
+    """Is the batch's with that one map, residual and activation included; sizes equal to C do not matter."""
+    se = SqueezeExcitation(C, M, post_activation=nn.ReLU, dims=dims)
+    call = FORMS[form](se)
+    for size in ((5, 3, 4), (C, C, C)):
+        batch, residual = make_map((2, C, *size[:dims])), make_map((2, C, *size[:dims]))
+        together = formula(se, batch, residual)
+        assert_close(call(batch, residual).detach(), together, torch.float32, summed=C**dims + C)
+        for i in range(2):
+            assert_close(call(batch[i], residual[i]).detach(), together[i], torch.float32, summed=C**dims + C)
+
+
+def test_three_dims_are_a_batch_or_an_image() -> None:
+    theirs, se = like_torchvisions()
+    signal, image = make_map((4, C, 9), torch.float64), make_map((C, 4, 9), torch.float64)
+    assert_close(se(signal).detach(), formula(se, signal), torch.float64, summed=9 + C)
+    assert_close(se(image).detach(), theirs(image).detach(), torch.float64, summed=36 + C)
+    message = (
+        f"SqueezeExcitation: expected an input that is either a batch [N, C, L] or one image [C, H, W], got [{C}, {C}, "
+        f"9], which with C = {C} is both; pass dims=1 or dims=2 to the module"
+    )
+    both = make_map((C, C, 9), torch.float64)
+    with pytest.raises(ValueError, match="either a batch") as caught:
+        se(both)
+    assert str(caught.value) == message
+    with pytest.raises(torch.jit.Error, match="either a batch"):
+        torch.jit.script(se)(both)
+    with pytest.raises(RuntimeError, match=r"squeeze_excite: expected w1 of shape"):
+        se(make_map((4, 5, 9), torch.float64))
+    results = []
+    for dims in (1, 2):
+        module = SqueezeExcitation(C, M, dims=dims).double()
+        module.load_state_dict(se.state_dict())
+        results.append(module(both).detach())
+    assert_close(results[0], formula(se, both), torch.float64, summed=9 + C)
+    assert_close(results[1], theirs(both).detach(), torch.float64, summed=9 * C)
+    assert (results[0] - results[1]).abs().max() > 1e-3
+
+
+def test_an_input_of_another_number_of_dims() -> None:
+    for dims, shape in ((1, (2, C, 4, 3)), (2, (2, 2, C, 4, 3)), (3, (2, C, 4)), (2, (C, 4))):
+        with pytest.raises(ValueError, match=r"^SqueezeExcitation: expected input of shape") as caught:
+            SqueezeExcitation(C, M, dims=dims)(make_map(shape))
+        assert str(caught.value) == (
+            "SqueezeExcitation: expected input of shape [N, C, *spatial] or [C, *spatial] with "
+            f"{dims} spatial dims (the module's dims), got {list(shape)}"
+        )
+    for bad, error in ((0, ValueError), (4, ValueError), (2.0, TypeError)):
+        with pytest.raises(error, match=r"^expected dims to be "):
+            SqueezeExcitation(C, M, dims=bad)  # type: ignore[arg-type]
+    assert "dims=2" in repr(SqueezeExcitation(C, M, dims=2))
+    assert "dims" not in repr(SqueezeExcitation(C, M))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["chw", "hwc"])
+def test_an_unbatched_map_in_place(channels_last: bool) -> None:
+    se = SqueezeExcitation(C, M, inplace=True)
+    x = make_map((1, C, 5, 4), channels_last=channels_last)[0]
+    exact = formula(se, x[None])[0]
+    with torch.no_grad():
+        y = se(x)
+    assert y is x
+    assert_close(x, exact, torch.float32, summed=20 + C)
+    before = x.clone()
+    assert se(x).data_ptr() != x.data_ptr()  # grad mode
+    assert torch.equal(x, before)
+
+
+def test_an_unbatched_map_keeps_its_strides() -> None:
+    x = make_map((1, C, 5, 4), channels_last=True)[0]
+    assert SqueezeExcitation(C, M)(x).stride() == x.stride()
+
+
+@pytest.mark.parametrize("dims", [None, 2])
+def test_unbatched_under_vmap(dims: int | None) -> None:
+    theirs, se = like_torchvisions(dims=dims)
+    x = make_map((3, C, 5, 4), torch.float64)
+    y = torch.func.vmap(se)(x)
+    assert_close(y.detach(), torch.func.vmap(theirs)(x).detach(), torch.float64, summed=20 + C)
+    ours, exact = (
+        torch.func.vmap(torch.func.grad(lambda t, m=module: m(t).square().sum()))(x) for module in (se, theirs)
+    )
+    assert_close(ours.detach(), exact.detach(), torch.float64, summed=1000)
+
+
+def test_unbatched_between_convolutions() -> None:
+    """torch's convolutions take one image as well; the network gives what it gives for the batch, compiled and copied
+    too."""
+    network = nn.Sequential(nn.Conv2d(3, C, 3), SqueezeExcitation(C, M), nn.Conv2d(C, 2, 3)).double()
+    shapes: list[tuple[int, ...]] = []
+    network[1].register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    images = make_map((2, 3, 8, 9), torch.float64)
+    expected = network(images).detach()
+    for call in (network, copy.deepcopy(network), FORMS["compile"](network)):
+        shapes.clear()
+        assert_close(call(images[0]).detach(), expected[0], torch.float64, summed=1000)
+        assert shapes == [(C, 6, 7)]  # the hook runs once, and sees the image
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dims", [None, 1])
+def test_an_exported_signals_batch_may_be_of_any_size(dims: int | None, strict: bool) -> None:
+    """Also of C samples, though with C = N the module itself asks for dims."""
+    se = SqueezeExcitation(C, M, dims=dims)
+    sizes = {"input": {0: torch.export.Dim("n", min=1), 2: torch.export.Dim("l", min=1)}}
+    exported = torch.export.export(se, (make_map((4, C, 9)),), dynamic_shapes=sizes, strict=strict).module()
+    for n in (1, C, C + 3):
+        x = make_map((n, C, 12))
+        assert_close(exported(x).detach(), formula(se, x), torch.float32, summed=12 + C)
+
+
+def test_an_exported_image_stays_one() -> None:
+    theirs, se = like_torchvisions()
+    exported = torch.export.export(se, (make_map((C, 5, 7), torch.float64),)).module()
+    x = make_map((C, 5, 7), torch.float64)
+    assert_close(exported(x).detach(), theirs(x).detach(), torch.float64, summed=35 + C)
+
+
+def test_a_module_pickled_before_it_had_dims() -> None:
+    """As it was then: without the attributes that came later. It loads, runs, compiles and scripts."""
+    se = SqueezeExcitation(C, M)
+    expected = SqueezeExcitation(C, M)
+    expected.load_state_dict(se.state_dict())
+    for attribute in ("dims", "input_channels"):
+        del se.__dict__[attribute]
+    old = pickle.loads(pickle.dumps(se))
+    for x in (make_map((2, C, 5, 4)), make_map((C, 5, 4)), make_map((2, C, 4))):
+        for form in FORMS.values():
+            assert torch.equal(form(old)(x), expected(x))
+    assert repr(old) == repr(expected)
 
 
 # ---- in place ----
