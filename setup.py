@@ -95,6 +95,10 @@ class BuildKernels(build_clib):
 class Build(BuildExtension):
     """Builds the kernels first, links _C against libse_ext, and records the torch version built against."""
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.no_python_abi_suffix = True  # not by with_options(), whose arguments setuptools 77 does not take
+
     def run(self) -> None:
         if self.use_ninja:  # else it is not known here which compiler will be taken
             check_openmp(get_cxx_compiler(), torch._C.__file__)
@@ -170,5 +174,5 @@ def extensions() -> list[Extension]:
 setup(
     libraries=[kernel_library(name, flags) for name, flags in INSTRUCTION_SETS.items()],
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "build_clib": BuildKernels},
+    cmdclass={"build_ext": Build, "build_clib": BuildKernels},
 )
