@@ -237,6 +237,16 @@ LIBOMP = {"GOMP_parallel", "__kmpc_fork_call"}
         (ANOTHER, LIBGOMP, True),
         ("exit 127", LIBGOMP, True),
     ],
+    ids=[
+        "GCC, libgomp",
+        "GCC, libomp",
+        "clang, libgomp",
+        "clang, libomp",
+        "clang on a Mac",
+        "no OpenMP",
+        "another compiler",
+        "no compiler",
+    ],
 )
 def test_a_compiler_is_refused_only_where_torch_lacks_its_openmp(
     script: str, runtime: set[str], builds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
