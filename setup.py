@@ -1,24 +1,44 @@
 """Builds se_ext/libse_ext.so (the torch ops; no Python in it) and se_ext/_C (pybind11: build information).
 
 The CPU kernels are compiled once per instruction set, each as a small static library with its own flags; the ops pick
-one at run time. What CUDA needs beyond that is in setup_cuda.py. Metadata is in pyproject.toml.
+one at run time. How compilers are run is in setup_compile.py, what CUDA needs beyond that in setup_cuda.py. Metadata is
+in pyproject.toml.
 """
 
-import os
+import logging
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
+
+import setuptools
+
+# pip runs this file once to ask what it needs: in an environment of its own, without torch, unless told otherwise.
+if missing := [name for name in ("torch", "pybind11") if find_spec(name) is None]:
+    sys.exit(
+        f"se_ext: no {' and no '.join(missing)} where the build looks.\n"
+        "The library must be built against the torch that it will run with, which pip hides from a build unless told "
+        "otherwise.\nHave torch, setuptools, pybind11 and ninja installed in one environment, and there type:\n"
+        "    pip install --no-build-isolation ."
+    )
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"se_ext: setuptools {setuptools.__version__} cannot read this pyproject.toml; 77 and newer can:\n"
+        '    pip install --upgrade "setuptools>=77"'
+    )
 
 import pybind11
 import torch
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools.modified import newer_group
+from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # pip does not
 import setup_cuda  # noqa: E402
+from setup_compile import check_openmp, compile_each  # noqa: E402
 
 CSRC = Path("csrc")
 IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
@@ -55,14 +75,33 @@ class BuildKernels(build_clib):
     """Compiles the instruction sets side by side: each is one long translation unit."""
 
     def build_libraries(self, libraries: list[tuple[str, dict]]) -> None:
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(lambda library: super(BuildKernels, self).build_libraries([library]), libraries))
+        stale = {info["sources"][0]: (name, info) for name, info in libraries if self.is_stale(info)}
+        build = super().build_libraries
+        if self.distribution.verbose < 2:  # setup.py -v prints each compiler's command
+            logging.disable(logging.INFO)
+        try:
+            names = ", ".join(Path(source).stem for source in stale)
+            compile_each(f"CPU kernels for {names}", stale, lambda source: build([stale[source]]))
+            build([library for library in libraries if library not in stale.values()])
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def is_stale(self, info: dict) -> bool:
+        [source] = info["sources"]
+        [made] = self.compiler.object_filenames([source], output_dir=self.build_temp)
+        return newer_group([source, *info["obj_deps"][source]], made)
 
 
 class Build(BuildExtension):
     """Builds the kernels first, links _C against libse_ext, and records the torch version built against."""
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.no_python_abi_suffix = True  # not by with_options(), whose arguments setuptools 77 does not take
+
     def run(self) -> None:
+        if self.use_ninja:  # else it is not known here which compiler will be taken
+            check_openmp(get_cxx_compiler(), torch._C.__file__)
         self.toolkit = setup_cuda.chosen_toolkit(torch.version.cuda)
         self.gpus = setup_cuda.architectures(self.toolkit) if self.toolkit else []
         with ThreadPoolExecutor(max_workers=1) as beside:  # the slow parts of both, at a time
@@ -135,5 +174,5 @@ def extensions() -> list[Extension]:
 setup(
     libraries=[kernel_library(name, flags) for name, flags in INSTRUCTION_SETS.items()],
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "build_clib": BuildKernels},
+    cmdclass={"build_ext": Build, "build_clib": BuildKernels},
 )

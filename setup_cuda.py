@@ -10,13 +10,12 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools.errors import CompileError, SetupError
+from setuptools.errors import SetupError
+
+from setup_compile import compile_each, jobs, run
 
 SOURCES = Path("csrc/cuda")
 KERNELS = SOURCES / "kernels"
@@ -125,18 +124,15 @@ def compile_kernels(toolkit: Toolkit, names: list[str], build_temp: str) -> list
     folder.mkdir(parents=True, exist_ok=True)
     objects = {source: folder / f"{source.stem}.o" for source in sorted(KERNELS.glob("*.cu"))}
     stale = [source for source, made in objects.items() if not up_to_date(made)]
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    threads = -(-jobs // max(1, len(stale)))
+    threads = -(-jobs() // max(1, len(stale)))
 
     def compile_one(source: Path) -> None:
-        made, start = objects[source], time.perf_counter()
+        made = objects[source]
         made.unlink(missing_ok=True)
         arguments = [f"--threads={threads}", "-MD", "-MF", f"{made}.d", "-c", str(source), "-o", str(made)]
         Path(f"{made}.log").write_text(run([*command, *arguments]))
-        print(f"{source}: {time.perf_counter() - start:.0f} s\n", end="", flush=True)
 
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        list(pool.map(compile_one, stale))
+    compile_each(f"CUDA kernels for {' '.join(names)}", stale, compile_one)
     for made in objects.values():
         print(Path(f"{made}.log").read_text(), end="", flush=True)
     return [str(made) for made in objects.values()]
@@ -149,13 +145,6 @@ def up_to_date(made: Path) -> bool:
         return all(os.path.getmtime(file) <= made.stat().st_mtime for file in read)
     except FileNotFoundError:
         return False
-
-
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode != 0:
-        raise CompileError(f"{' '.join(command)}\n{done.stdout}")
-    return done.stdout
 
 
 def unique(items: list[str] | tuple[str, ...]) -> tuple[str, ...]:

@@ -4,7 +4,8 @@
 
 #include "info.h"
 
-PYBIND11_MODULE(_C, m) {
+// No function needs Python's lock: they read constants, what is initialised once, files and atomics (set_cuda_path).
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Build and runtime information of se_ext.";
   m.def("cpu_capability", &se_ext::cpu_capability, "The CPU instruction set in use: baseline, avx2 or avx512.");
   m.def("cpu_capabilities", &se_ext::cpu_capabilities, "The instruction sets built in that this CPU can run.");

@@ -1,11 +1,10 @@
-"""`python -m se_ext`, and what import says when the library does not fit."""
+"""`python -m se_ext`."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,57 +68,6 @@ def test_the_instruction_set_in_use_is_printed() -> None:
 
 def test_the_version_built_against_is_that_of_the_headers() -> None:
     assert _C.torch_version() == _build.TORCH_VERSION.split("+")[0]
-
-
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    """A copy of the package to doctor; the shared objects are links."""
-    copy = tmp_path / "se_ext"
-    copy.mkdir()
-    for file in _loader.PACKAGE.glob("*.py"):
-        shutil.copy(file, copy)
-    for file in _loader.PACKAGE.glob("*.so"):
-        (copy / file.name).symlink_to(file)
-    return copy
-
-
-def import_error(package: Path) -> str:
-    """The last line that `import se_ext` prints, which must be its only ImportError."""
-    done = python("-c", "import se_ext", cwd=package.parent)
-    assert done.returncode == 1
-    *_, last = done.stderr.strip().splitlines()
-    assert last.startswith("ImportError: ")
-    return last.removeprefix("ImportError: ")
-
-
-def test_the_copy_works_before_it_is_doctored(package: Path) -> None:
-    done = python("-c", "import se_ext; print(se_ext.__file__)", cwd=package.parent)
-    assert done.stdout.strip() == str(package / "__init__.py"), done.stderr
-
-
-@pytest.mark.parametrize("built", ["2.12.0", "1.2.3+cu999"])
-def test_a_library_built_against_another_torch_says_so(package: Path, built: str) -> None:
-    (package / "_build.py").write_text(f'TORCH_VERSION = "{built}"\n')
-    # It must be caught before the library is loaded: then a mismatch is undefined symbols, or a crash.
-    (package / "libse_ext.so").unlink()
-    assert import_error(package) == (
-        f"se_ext was built against torch {built}, but torch {torch.__version__} is running; "
-        "build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
-    )
-
-
-def test_only_the_public_version_counts(package: Path) -> None:
-    (package / "_build.py").write_text(f'TORCH_VERSION = "{torch.__version__.split("+")[0]}+cu130"\n')
-    assert python("-c", "import se_ext", cwd=package.parent).returncode == 0
-
-
-def test_a_package_that_was_never_built_says_so(package: Path) -> None:
-    for file in (*package.glob("*.so"), package / "_build.py"):
-        file.unlink()
-    assert import_error(package) == (
-        f"se_ext has not been built in {package}; "
-        "build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
-    )
 
 
 def test_an_unknown_instruction_set_is_refused_with_the_known_ones() -> None:

@@ -102,6 +102,39 @@ def test_flags() -> None:
     ]
 
 
+def test_max_jobs_bounds_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nvcc here is a script that writes empty objects; what is up to date is not compiled again."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"""#!/bin/sh
+echo begin >> {tmp_path}/log
+sleep 0.2
+for argument; do
+  test "$option" = -o && : > "$argument"
+  test "$option" = -MF && echo "made : {nvcc}" > "$argument"
+  option=$argument
+done
+echo end >> {tmp_path}/log
+""")
+    nvcc.chmod(0o755)
+    monkeypatch.chdir(Path(setup_cuda.__file__).parent)
+    monkeypatch.setenv("MAX_JOBS", "2")
+    toolkit = setup_cuda.Toolkit(str(nvcc), "13.0", KNOWN, (), ())
+    objects = setup_cuda.compile_kernels(toolkit, ["8.0", "9.0"], str(tmp_path))
+    assert all(Path(made).exists() for made in objects)
+
+    events = (tmp_path / "log").read_text().split()
+    running = [sum(1 if event == "begin" else -1 for event in events[: i + 1]) for i in range(len(events))]
+    assert max(running) == 2
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "se_ext: compiling the CUDA kernels for 8.0 9.0, 2 at a time: some minutes"
+    assert sorted(line.split(": ")[0] for line in lines) == sorted(map(str, setup_cuda.KERNELS.glob("*.cu")))
+
+    assert setup_cuda.compile_kernels(toolkit, ["8.0", "9.0"], str(tmp_path)) == objects
+    assert capsys.readouterr().out == ""
+
+
 def test_a_build_without_cuda_says_so() -> None:
     if _C.cuda_toolkit():
         pytest.skip("this build has CUDA")
