@@ -420,6 +420,23 @@ def test_checkpointing_in_evaluation_and_of_intermediates():
     assert_same(ours.conv1.weight.grad, theirs.conv1.weight.grad)
 
 
+def test_checkpointing_compiles():
+    """In one graph, with eager's logits and gradients. The compiler moves the statistics once."""
+    network = build("seresnet18", num_classes=10, drop_path_rate=0.3).double()
+    randomize(network)
+    network.set_grad_checkpointing()
+    twin = copy.deepcopy(network)
+    images = pictures(4)
+    expected = step(network, images)
+    torch.manual_seed(9)
+    logits = torch.compile(twin, backend="aot_eager", fullgraph=True)(images)
+    logits.square().sum().backward()
+    assert torch.allclose(logits, expected[0], rtol=1e-9, atol=1e-9)
+    for p, q in zip(network.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-9 * float(p.grad.abs().max()))
+    assert {int(m.num_batches_tracked) for m in twin.modules() if isinstance(m, nn.BatchNorm2d)} == {1}
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_user_s_checkpoint_around_a_stage(reentrant):
     """With recomputation that stops at the last tensor wanted."""
