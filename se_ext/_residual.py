@@ -1,0 +1,187 @@
+"""The residual blocks of SE-ResNet and SE-ResNeXt, with the tail (batch norm, SE, shortcut, ReLU) as one op, and every
+other batch norm as one with the ReLU behind it.
+
+Under TorchScript the other batch norms are left as they are, for torch.jit.freeze to fold into the convolutions.
+"""
+
+import math
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ._fusion import batch_norm, scripted_tail, tail
+from .modules import SqueezeExcitation
+
+# TorchScript reads forward's annotations, so they say Optional[Tensor].
+# ruff: noqa: UP045
+
+
+def squeezed_width(channels: int, reduction: float) -> int:
+    """The hidden width of timm's SEModule: channels / reduction to the nearest multiple of 8, at least 8."""
+    return max(8, int(channels / reduction + 4) // 8 * 8)
+
+
+class Projection(nn.Sequential):
+    """The shortcut where a block changes the shape: 1x1 convolution, batch norm."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            modules: Any = self._modules
+            return batch_norm(modules["1"], None, modules["0"](input))
+        for module in self:
+            input = module(input)
+        return input
+
+
+class Residual(nn.Module):
+    """What the two kinds of block share: the shortcut and stochastic depth."""
+
+    expansion: int
+
+    def set_shortcut(self, downsample: nn.Module | None, drop_path: float) -> None:
+        """Called last: timm's order of the parameters, on which an optimizer's checkpoint and the random numbers of the
+        initialisation depend."""
+        self.downsample = downsample
+        self.drop_path = drop_path
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
+
+    def drop_scale(self, x: Tensor) -> Optional[Tensor]:
+        """[N]: 0 for a dropped sample, 1 / keep probability for the others; None where none is to be dropped."""
+        if self.drop_path == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.drop_path
+        kept = x.new_empty([x.size(0)]).bernoulli_(keep)
+        kept = kept + kept.new_zeros([1], dtype=torch.float32)  # half types become float32; torch.fx traces no dtype
+        return kept if keep == 0.0 else kept / keep
+
+
+class BasicBlock(Residual):
+    """Two 3x3 convolutions (He et al. 2015, figure 5 left), SE behind the second one's batch norm."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        downsample: nn.Module | None,
+        *,
+        reduction: float,
+        se_bias: bool,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.se = SqueezeExcitation(planes, squeezed_width(planes, reduction), bias=se_bias)
+        self.set_shortcut(downsample, drop_path)
+
+    def last_batch_norm(self) -> nn.BatchNorm2d:
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            modules: Any = self._modules
+            out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
+            out = self.conv2(out)
+            return tail(modules["bn2"], modules["se"], out, self.shortcut(x), self.drop_scale(x), "identity", "relu")
+        out = self.act1(self.bn1(self.conv1(x)))
+        return scripted_tail(
+            self.conv2(out),
+            self.bn2.weight,
+            self.bn2.bias,
+            self.bn2.running_mean,
+            self.bn2.running_var,
+            self.bn2.num_batches_tracked,
+            self.bn2.momentum,
+            self.bn2.eps,
+            self.bn2.training,
+            self.se.fc1.weight,
+            self.se.fc1.bias,
+            self.se.fc2.weight,
+            self.se.fc2.bias,
+            "identity",
+            self.se.activation,
+            self.se.scale_activation,
+            self.shortcut(x),
+            "relu",
+            self.drop_scale(x),
+        )
+
+
+class Bottleneck(Residual):
+    """1x1, 3x3 and 1x1 convolutions (He et al. 2015, figure 5 right; stride in the 3x3; grouped as in Xie et al. 2016),
+    SE behind the last one's batch norm."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        downsample: nn.Module | None,
+        *,
+        groups: int,
+        base_width: int,
+        reduction: float,
+        se_bias: bool,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        width = math.floor(planes * base_width / 64) * groups
+        channels = planes * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.act2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.se = SqueezeExcitation(channels, squeezed_width(channels, reduction), bias=se_bias)
+        self.set_shortcut(downsample, drop_path)
+
+    def last_batch_norm(self) -> nn.BatchNorm2d:
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            modules: Any = self._modules
+            out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
+            out = batch_norm(modules["bn2"], modules["act2"], self.conv2(out))
+            out = self.conv3(out)
+            return tail(modules["bn3"], modules["se"], out, self.shortcut(x), self.drop_scale(x), "identity", "relu")
+        out = self.act1(self.bn1(self.conv1(x)))
+        out = self.act2(self.bn2(self.conv2(out)))
+        return scripted_tail(
+            self.conv3(out),
+            self.bn3.weight,
+            self.bn3.bias,
+            self.bn3.running_mean,
+            self.bn3.running_var,
+            self.bn3.num_batches_tracked,
+            self.bn3.momentum,
+            self.bn3.eps,
+            self.bn3.training,
+            self.se.fc1.weight,
+            self.se.fc1.bias,
+            self.se.fc2.weight,
+            self.se.fc2.bias,
+            "identity",
+            self.se.activation,
+            self.se.scale_activation,
+            self.shortcut(x),
+            "relu",
+            self.drop_scale(x),
+        )
