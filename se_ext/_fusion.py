@@ -59,20 +59,28 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "hardsigmoid": F.hardsigmoid,
 }
+Excitation = tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]  # w1, b1, w2, b2
+Statistics = tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], bool]  # mean, var, batches, of the batch
+# weight, bias, Statistics, momentum, eps
+Normalization = tuple[
+    Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], bool, Optional[float], float
+]
+
 _blocks: set[type] = set()  # modules.py adds SqueezeExcitation, which this file cannot import
 
 # The ops' overloads: a call of one takes 1 µs less than a call by its name.
 _squeeze = torch.ops.se_ext.squeeze.default
 _rescale = torch.ops.se_ext.rescale.default
 _bn_squeeze_excite = torch.ops.se_ext.bn_squeeze_excite.default
+_bn_squeeze_excite_running = torch.ops.se_ext._bn_squeeze_excite_running.default
+_bn_activation_running = torch.ops.se_ext._bn_activation_running.default
 
 
 # ---- what is known ----
 
 
-def is_called_plainly(module: Any) -> bool:
-    """Whether a call of the module runs its class's forward and nothing else."""
-    state = module.__dict__
+def is_called_plainly(state: dict[str, Any]) -> bool:
+    """Whether a call of the module whose __dict__ is given runs its class's forward and nothing else."""
     return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -86,70 +94,102 @@ def is_called_plainly(module: Any) -> bool:
     )
 
 
+def excitation_of(modules: dict[str, Any]) -> Optional[Excitation]:
+    """w1, b1, w2, b2 of a SqueezeExcitation, given its children, or None if a layer has to be called. Known are an
+    nn.Linear, and an nn.Conv2d that is one on a 1x1 map. (That its kernel is 1x1 is for the op to check.)
+
+    For two plain nn.Conv2d all is written out: here a function's call takes as long as what it would find out.
+    """
+    fc1, fc2 = modules["fc1"], modules["fc2"]
+    one, two = fc1.__dict__, fc2.__dict__
+    if (
+        type(fc1) is not nn.Conv2d
+        or type(fc2) is not nn.Conv2d
+        or one["_forward_hooks"]
+        or two["_forward_hooks"]
+        or one["_forward_pre_hooks"]
+        or two["_forward_pre_hooks"]
+        or one["_backward_hooks"]
+        or two["_backward_hooks"]
+        or one["_backward_pre_hooks"]
+        or two["_backward_pre_hooks"]
+        or "forward" in one
+        or "forward" in two
+        or one["groups"] != 1
+        or two["groups"] != 1
+        or one["padding"] != (0, 0)
+        or two["padding"] != (0, 0)
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    ):
+        return _other_excitation(fc1, fc2)
+    of_fc1, of_fc2 = one["_parameters"], two["_parameters"]
+    try:
+        w1, b1, w2, b2 = of_fc1["weight"], of_fc1["bias"], of_fc2["weight"], of_fc2["bias"]
+    except KeyError:
+        return None
+    if type(w1) in _PLAIN and type(w2) in _PLAIN and type(b1) in _PLAIN_OR_NONE and type(b2) in _PLAIN_OR_NONE:
+        return w1, b1, w2, b2
+    return None
+
+
+def _other_excitation(fc1: Any, fc2: Any) -> Optional[Excitation]:
+    """The same of all other known layers. Both are judged before a weight is looked up: where it is computed by
+    torch.nn.utils.parametrize that may change it (spectral_norm), and a call of the layer would compute it again."""
+    if is_known_layer(fc1) and is_known_layer(fc2):
+        return fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    return None
+
+
 def is_known_layer(layer: Any) -> bool:
-    """Whether the kernels compute the excitation's layer: an nn.Linear, or an nn.Conv2d that is one on a 1x1 map. (That
-    its kernel is 1x1 the op checks.) A weight that torch.nn.utils.parametrize computes is as good as a plain one."""
-    kind = type(layer)
-    if kind is nn.Conv2d or kind is nn.Linear:
-        parameters = layer._parameters
-        if type(parameters.get("weight")) not in _PLAIN or type(parameters.get("bias")) not in _PLAIN_OR_NONE:
-            return False
-    elif isinstance(layer, (nn.Conv2d, nn.Linear)) and is_parametrized(layer):
-        kind = kind.__bases__[0]
-        if not all(type(parameter) in _PLAIN for parameter in layer.parameters()):
-            return False
-    if kind is nn.Conv2d:
-        return layer.groups == 1 and layer.padding == (0, 0) and is_called_plainly(layer)
-    return kind is nn.Linear and is_called_plainly(layer)
+    """Whether the kernels compute a layer's formula, be its weight a parameter or one that torch.nn.utils.parametrize
+    computes."""
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return False
+    parametrized = is_parametrized(layer)
+    kind = type(layer).__bases__[0] if parametrized else type(layer)
+    formula = kind is nn.Linear or (kind is nn.Conv2d and layer.groups == 1 and layer.padding == (0, 0))
+    plain = all(type(parameter) in _PLAIN for parameter in layer.parameters())
+    return formula and plain and (parametrized or "weight" in layer._parameters) and is_called_plainly(layer.__dict__)
 
 
 def is_known_block(module: Any) -> bool:
-    """Whether the module is a SqueezeExcitation of which a tail may use the parts."""
-    return (
-        type(module) in _blocks
-        and module.post_activation == "identity"
-        and not module.inplace
-        and is_called_plainly(module)
-    )
+    """Whether the module is a SqueezeExcitation whose parts a tail may take."""
+    if type(module) not in _blocks:
+        return False
+    state = module.__dict__
+    return state["post_activation"] == "identity" and not state["inplace"] and is_called_plainly(state)
 
 
-def is_known_batch_norm(bn: Any) -> bool:
-    """Whether the kernels compute the module's formula: not SyncBatchNorm's, and not that of a subclass. (A batch norm
-    without an eps is torch's to refuse.)"""
-    return (
-        type(bn) in _BATCH_NORMS
-        and all(type(parameter) in _PLAIN_OR_NONE for parameter in bn._parameters.values())
-        and all(type(buffer) in _PLAIN_OR_NONE for buffer in bn._buffers.values())
-        and bn.eps > 0
-        and is_called_plainly(bn)
-    )
+def normalization_of(bn: Any) -> Optional[Normalization]:
+    """The arguments of an op that stand for a batch norm, or None if it has to be called: SyncBatchNorm and subclasses
+    have formulas of their own. (And a batch norm without an eps is for torch to refuse.)"""
+    if type(bn) not in _BATCH_NORMS:
+        return None
+    state = bn.__dict__
+    parameters, buffers = state["_parameters"], state["_buffers"]
+    weight, bias = parameters["weight"], parameters["bias"]
+    mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    if (
+        type(weight) in _PLAIN_OR_NONE
+        and type(bias) in _PLAIN_OR_NONE
+        and type(mean) in _PLAIN_OR_NONE
+        and type(var) in _PLAIN_OR_NONE
+        and type(batches) in _PLAIN_OR_NONE
+        and is_called_plainly(state)
+        and state["eps"] > 0
+    ):
+        statistics = running_statistics(mean, var, batches, state["training"], state["track_running_stats"])
+        return weight, bias, *statistics, state["momentum"], state["eps"]
+    return None
 
 
 def known_activation(activation: Any) -> Optional[str]:
-    """The name of an activation module (None: no activation) that the kernels compute, or None."""
+    """The name of an activation module (None: no activation) that the kernels compute, or None if it has to be called."""
     name = _ACTIVATIONS.get(type(activation))
-    return name if activation is None or (name is not None and is_called_plainly(activation)) else None
-
-
-# ---- the parts of known modules ----
-
-
-def parameters_of(layer: Any) -> tuple[Tensor, Optional[Tensor]]:
-    """Weight and bias of a layer; those that torch.nn.utils.parametrize computes are looked up the usual way."""
-    try:
-        return layer._parameters["weight"], layer._parameters["bias"]
-    except KeyError:
-        return layer.weight, layer.bias
-
-
-def excitation_of(se: Any) -> Optional[tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]]:
-    """w1, b1, w2, b2 of a SqueezeExcitation, or None where its layers have to be called. Both layers are judged before
-    a weight is looked up: to compute one may change it (spectral_norm), and a call of the layer would do it again."""
-    modules = se._modules
-    fc1, fc2 = modules["fc1"], modules["fc2"]
-    if is_known_layer(fc1) and is_known_layer(fc2):
-        return *parameters_of(fc1), *parameters_of(fc2)
-    return None
+    return name if activation is None or (name is not None and is_called_plainly(activation.__dict__)) else None
 
 
 def running_statistics(
@@ -239,42 +279,32 @@ def tail(
     if not is_known_block(se):
         u = _batch_norm(bn, input, pre_activation)
         return _plain_end(u if se is None else se(u), residual, drop_scale, post_activation)
-    excitation = excitation_of(se)
+    state = se.__dict__
+    excitation = excitation_of(state["_modules"])
     if excitation is None:
         u = _batch_norm(bn, input, pre_activation)
         scale = called_excitation(se, u)
         return _rescale(u, scale if drop_scale is None else scale * drop_scale[:, None], residual, post_activation)
-    if not is_known_batch_norm(bn):
-        output, _, _ = _bn_squeeze_excite(
-            bn(input),
-            None,
-            None,
-            *excitation,
-            False,
-            0.0,
-            pre_activation,
-            se.activation,
-            se.scale_activation,
-            residual,
-            post_activation,
-            drop_scale,
-        )
-        return output
-    buffers = bn._buffers
-    return scripted_tail(
+    names = pre_activation, state["activation"], state["scale_activation"]
+    normalization = normalization_of(bn)
+    if normalization is None:
+        u = bn(input)
+        return _bn_squeeze_excite(
+            u, None, None, *excitation, False, 0.0, *names, residual, post_activation, drop_scale
+        )[0]
+    weight, bias, mean, var, batches, of_the_batch, momentum, eps = normalization
+    return _bn_squeeze_excite_running(
         input,
-        *parameters_of(bn),
-        buffers["running_mean"],
-        buffers["running_var"],
-        buffers["num_batches_tracked"],
-        bn.momentum,
-        bn.eps,
-        bn.training,
-        bn.track_running_stats,
+        weight,
+        bias,
+        mean,
+        var,
+        batches,
         *excitation,
-        pre_activation,
-        se.activation,
-        se.scale_activation,
+        of_the_batch,
+        momentum,
+        eps,
+        *names,
         residual,
         post_activation,
         drop_scale,
@@ -283,34 +313,23 @@ def tail(
 
 def batch_norm(bn: Any, activation: Any, input: Tensor) -> Tensor:
     """activation(bn(input)), fused where the kernels compute both; activation is a module, or None for none."""
-    if not is_known_batch_norm(bn):
+    normalization = normalization_of(bn)
+    if normalization is None:
         output = bn(input)
     else:
         name = known_activation(activation)
-        output = _batch_norm_known(bn, input, name or "identity")
+        output = _bn_activation_running(input, *normalization, name or "identity")
         if name is not None:
             return output
     return output if activation is None else activation(output)
 
 
-def _batch_norm_known(bn: Any, input: Tensor, activation: str) -> Tensor:
-    weight, bias = parameters_of(bn)
-    buffers = bn._buffers
-    mean, var, batches, of_the_batch = running_statistics(
-        buffers["running_mean"],
-        buffers["running_var"],
-        buffers["num_batches_tracked"],
-        bn.training,
-        bn.track_running_stats,
-    )
-    return torch.ops.se_ext._bn_activation_running(
-        input, weight, bias, mean, var, batches, of_the_batch, bn.momentum, bn.eps, activation
-    )
-
-
 def _batch_norm(bn: Any, input: Tensor, activation: str) -> Tensor:
     """activation(bn(input)), the activation given by its name."""
-    return _batch_norm_known(bn, input, activation) if is_known_batch_norm(bn) else _FUNCTIONS[activation](bn(input))
+    normalization = normalization_of(bn)
+    if normalization is None:
+        return _FUNCTIONS[activation](bn(input))
+    return _bn_activation_running(input, *normalization, activation)
 
 
 # ---- called ----

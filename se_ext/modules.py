@@ -77,13 +77,14 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            excitation = excitation_of(self)
+            state: Any = self.__dict__
+            excitation: Any = excitation_of(state["_modules"])
             if excitation is None:
                 return called_block(self, input, residual)
-            if not self.inplace:
-                names = self.activation, self.scale_activation
-                return _squeeze_excite(input, *excitation, *names, residual, self.post_activation)
             w1, b1, w2, b2 = excitation
+            if not state["inplace"]:
+                activation, gate, post = state["activation"], state["scale_activation"], state["post_activation"]
+                return _squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post)
         else:
             w1, b1, w2, b2 = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         return functional.squeeze_excite(
