@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -30,9 +31,9 @@ from torch.nn.utils.parametrize import is_parametrized
 # TorchScript reads the annotations of what is scripted, so they say Optional[Tensor].
 # ruff: noqa: UP045
 
-# The tensors that the kernels may take straight from a module: parameters, what torch.func.functional_call puts in their
-# place, and what torch.compile and torch.export trace with. Other subclasses of Tensor (sharded, quantised) compute
-# their layer in their own way.
+# The tensors that the kernels may take straight from a module: parameters, what torch.func.functional_call puts in
+# their place, and what torch.compile and torch.export trace with. Other subclasses of Tensor (sharded, quantised)
+# compute their layer in their own way.
 _PLAIN = frozenset({nn.Parameter, Tensor, FakeTensor, FunctionalTensor})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
@@ -63,10 +64,17 @@ Excitation = tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]  # w1, b1
 Statistics = tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], bool]  # mean, var, batches, of the batch
 # weight, bias, Statistics, momentum, eps
 Normalization = tuple[
-    Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor], bool, Optional[float], float
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    bool,
+    Optional[float],
+    float,
 ]
 
-_blocks: set[type] = set()  # modules.py adds SqueezeExcitation, which this file cannot import
+BLOCKS: set[type] = set()  # modules.py adds SqueezeExcitation, which this file cannot import
 
 # The ops' overloads: a call of one takes 1 µs less than a call by its name.
 _squeeze = torch.ops.se_ext.squeeze.default
@@ -79,14 +87,15 @@ _bn_activation_running = torch.ops.se_ext._bn_activation_running.default
 # ---- what is known ----
 
 
-def is_called_plainly(state: dict[str, Any]) -> bool:
-    """Whether a call of the module whose __dict__ is given runs its class's forward and nothing else."""
+def is_called_plainly(module: Any) -> bool:
+    """Whether a call of the module runs its class's forward and nothing else. (torch.compile guards hooks that are read
+    as attributes, as it guards those of torch's modules: where its settings say so.)"""
     return not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
         or _global_forward_hooks
         or _global_forward_pre_hooks
         or _global_backward_hooks
@@ -119,6 +128,7 @@ def excitation_of(modules: dict[str, Any]) -> Optional[Excitation]:
         or two["groups"] != 1
         or one["padding"] != (0, 0)
         or two["padding"] != (0, 0)
+        or is_dynamo_compiling()
         or _global_forward_hooks
         or _global_forward_pre_hooks
         or _global_backward_hooks
@@ -136,8 +146,8 @@ def excitation_of(modules: dict[str, Any]) -> Optional[Excitation]:
 
 
 def _other_excitation(fc1: Any, fc2: Any) -> Optional[Excitation]:
-    """The same of all other known layers. Both are judged before a weight is looked up: where it is computed by
-    torch.nn.utils.parametrize that may change it (spectral_norm), and a call of the layer would compute it again."""
+    """The same of all known layers, and under torch.compile. Both are judged before a weight is looked up: where
+    torch.nn.utils.parametrize computes it, that may change it (spectral_norm), and a call would compute it again."""
     if is_known_layer(fc1) and is_known_layer(fc2):
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias
     return None
@@ -148,19 +158,19 @@ def is_known_layer(layer: Any) -> bool:
     computes."""
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return False
-    parametrized = is_parametrized(layer)
+    parametrized: bool = is_parametrized(layer)
     kind = type(layer).__bases__[0] if parametrized else type(layer)
-    formula = kind is nn.Linear or (kind is nn.Conv2d and layer.groups == 1 and layer.padding == (0, 0))
+    formula: bool = kind is nn.Linear or (kind is nn.Conv2d and layer.groups == 1 and layer.padding == (0, 0))
     plain = all(type(parameter) in _PLAIN for parameter in layer.parameters())
-    return formula and plain and (parametrized or "weight" in layer._parameters) and is_called_plainly(layer.__dict__)
+    return formula and plain and (parametrized or "weight" in layer._parameters) and is_called_plainly(layer)
 
 
 def is_known_block(module: Any) -> bool:
     """Whether the module is a SqueezeExcitation whose parts a tail may take."""
-    if type(module) not in _blocks:
+    if type(module) not in BLOCKS:
         return False
-    state = module.__dict__
-    return state["post_activation"] == "identity" and not state["inplace"] and is_called_plainly(state)
+    state: dict[str, Any] = module.__dict__
+    return state["post_activation"] == "identity" and not state["inplace"] and is_called_plainly(module)
 
 
 def normalization_of(bn: Any) -> Optional[Normalization]:
@@ -170,15 +180,18 @@ def normalization_of(bn: Any) -> Optional[Normalization]:
         return None
     state = bn.__dict__
     parameters, buffers = state["_parameters"], state["_buffers"]
-    weight, bias = parameters["weight"], parameters["bias"]
-    mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:
+        return None
     if (
         type(weight) in _PLAIN_OR_NONE
         and type(bias) in _PLAIN_OR_NONE
         and type(mean) in _PLAIN_OR_NONE
         and type(var) in _PLAIN_OR_NONE
         and type(batches) in _PLAIN_OR_NONE
-        and is_called_plainly(state)
+        and is_called_plainly(bn)
         and state["eps"] > 0
     ):
         statistics = running_statistics(mean, var, batches, state["training"], state["track_running_stats"])
@@ -187,9 +200,9 @@ def normalization_of(bn: Any) -> Optional[Normalization]:
 
 
 def known_activation(activation: Any) -> Optional[str]:
-    """The name of an activation module (None: no activation) that the kernels compute, or None if it has to be called."""
+    """The name of an activation module (None: no activation) that the kernels compute; None if it has to be called."""
     name = _ACTIVATIONS.get(type(activation))
-    return name if activation is None or (name is not None and is_called_plainly(activation.__dict__)) else None
+    return name if activation is None or (name is not None and is_called_plainly(activation)) else None
 
 
 def running_statistics(
@@ -274,23 +287,37 @@ def tail(
     pre_activation: str,
     post_activation: str,
 ) -> Tensor:
-    """post(drop_scale ⊙ se(pre(bn(input))) + residual), given the modules: what scripted_tail computes where all of them
-    are known. se may be None."""
+    """post(drop_scale ⊙ se(pre(bn(input))) + residual), given the modules: what scripted_tail computes where all of
+    them are known. se may be None."""
     if not is_known_block(se):
-        u = _batch_norm(bn, input, pre_activation)
+        u = named_batch_norm(bn, pre_activation, input)
         return _plain_end(u if se is None else se(u), residual, drop_scale, post_activation)
     state = se.__dict__
     excitation = excitation_of(state["_modules"])
     if excitation is None:
-        u = _batch_norm(bn, input, pre_activation)
+        u = named_batch_norm(bn, pre_activation, input)
         scale = called_excitation(se, u)
         return _rescale(u, scale if drop_scale is None else scale * drop_scale[:, None], residual, post_activation)
-    names = pre_activation, state["activation"], state["scale_activation"]
+    w1, b1, w2, b2 = excitation
+    activation, gate = state["activation"], state["scale_activation"]
     normalization = normalization_of(bn)
     if normalization is None:
-        u = bn(input)
         return _bn_squeeze_excite(
-            u, None, None, *excitation, False, 0.0, *names, residual, post_activation, drop_scale
+            bn(input),
+            None,
+            None,
+            w1,
+            b1,
+            w2,
+            b2,
+            False,
+            0.0,
+            pre_activation,
+            activation,
+            gate,
+            residual,
+            post_activation,
+            drop_scale,
         )[0]
     weight, bias, mean, var, batches, of_the_batch, momentum, eps = normalization
     return _bn_squeeze_excite_running(
@@ -300,11 +327,16 @@ def tail(
         mean,
         var,
         batches,
-        *excitation,
+        w1,
+        b1,
+        w2,
+        b2,
         of_the_batch,
         momentum,
         eps,
-        *names,
+        pre_activation,
+        activation,
+        gate,
         residual,
         post_activation,
         drop_scale,
@@ -313,19 +345,14 @@ def tail(
 
 def batch_norm(bn: Any, activation: Any, input: Tensor) -> Tensor:
     """activation(bn(input)), fused where the kernels compute both; activation is a module, or None for none."""
-    normalization = normalization_of(bn)
-    if normalization is None:
-        output = bn(input)
-    else:
-        name = known_activation(activation)
-        output = _bn_activation_running(input, *normalization, name or "identity")
-        if name is not None:
-            return output
-    return output if activation is None else activation(output)
+    name = known_activation(activation)
+    output = named_batch_norm(bn, name or "identity", input)
+    return output if name is not None else activation(output)
 
 
-def _batch_norm(bn: Any, input: Tensor, activation: str) -> Tensor:
-    """activation(bn(input)), the activation given by its name."""
+def named_batch_norm(bn: Any, activation: str, input: Tensor) -> Tensor:
+    """The same of an activation given by its name. Behind a batch norm that is called it is not in place, whatever its
+    module says: autograd allows no change of what comes out of a module with a backward hook."""
     normalization = normalization_of(bn)
     if normalization is None:
         return _FUNCTIONS[activation](bn(input))
@@ -342,8 +369,8 @@ def called_excitation(se: Any, input: Tensor) -> Tensor:
 
 
 def _call_layer(layer: Any, z: Tensor) -> Tensor:
-    """layer(z), on z as a map of one point with the layer's number of dims: [N, C] for an nn.Linear, [N, C, 1, 1] for an
-    nn.Conv2d. Float32 weights beside a half-typed map work here as they do in the fused op."""
+    """layer(z), on z as a map of one point with the layer's number of dims: [N, C] for an nn.Linear, [N, C, 1, 1] for
+    an nn.Conv2d. Float32 weights beside a half-typed map work here as they do in the fused op."""
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         dims = 2 if isinstance(layer, nn.Linear) else 4
     else:

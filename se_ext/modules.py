@@ -8,8 +8,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from . import _fusion, functional
-from ._fusion import called_block, excitation_of, scripted_tail, tail
+from . import functional
+from ._fusion import BLOCKS, called_block, excitation_of, scripted_tail, tail
 from ._names import ACTIVATIONS, GATES, name_of
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
@@ -26,7 +26,9 @@ class SqueezeExcitation(nn.Module):
     Signature and state_dict are those of torchvision.ops.SqueezeExcitation, and the keys those of timm's SEModule:
     `fc1.weight` [M, C, 1, 1], `fc1.bias` [M], `fc2.weight` [C, M, 1, 1], `fc2.bias` [C]. Checkpoints of both load as
     they are. `fc1` and `fc2` are Conv2d modules that hold the parameters (and their default initialisation); the
-    computation is one fused op.
+    computation is one fused op. It takes their place only while nothing else would happen in their call: with a hook, a
+    forward or a class of their own, or a wrapped weight (adapters, pruning, quantisation), they are called, and the
+    squeeze and the rescale stay fused. In their place may stand nn.Linear layers, which are fused too, or any modules.
 
     Args:
         input_channels: C, of the map.
@@ -109,7 +111,7 @@ class SqueezeExcitation(nn.Module):
         return ", ".join(parts)
 
 
-_fusion._blocks.add(SqueezeExcitation)
+BLOCKS.add(SqueezeExcitation)
 
 
 class BatchNormSqueezeExcitation(nn.Module):
@@ -117,8 +119,8 @@ class BatchNormSqueezeExcitation(nn.Module):
 
     y = post(drop_scale ⊙ s ⊙ u + residual), u = pre(batch_norm(x)), s the excitation of u. Its children `bn` (a
     BatchNorm2d) and `se` (a SqueezeExcitation) hold the parameters and buffers, so that the state_dict's keys are those
-    of the two modules by themselves: `bn.weight`, `bn.running_mean`, …, `se.fc1.weight`, …. They are not called: hooks
-    on them do not run.
+    of the two modules by themselves: `bn.weight`, `bn.running_mean`, …, `se.fc1.weight`, …. One of them that has hooks
+    or a class of its own is called (with nothing but u, in the case of `se`), and the rest stays fused.
 
     Args:
         input_channels: C, of the map.
