@@ -156,13 +156,14 @@ def _other_excitation(fc1: Any, fc2: Any) -> Optional[Excitation]:
 def is_known_layer(layer: Any) -> bool:
     """Whether the kernels compute a layer's formula, be its weight a parameter or one that torch.nn.utils.parametrize
     computes."""
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return False
     parametrized: bool = is_parametrized(layer)
     kind = type(layer).__bases__[0] if parametrized else type(layer)
-    formula: bool = kind is nn.Linear or (kind is nn.Conv2d and layer.groups == 1 and layer.padding == (0, 0))
-    plain = all(type(parameter) in _PLAIN for parameter in layer.parameters())
-    return formula and plain and (parametrized or "weight" in layer._parameters) and is_called_plainly(layer)
+    if kind is nn.Conv2d:
+        formula: bool = layer.groups == 1 and layer.padding == (0, 0)
+    else:
+        formula = kind is nn.Linear
+    plain = formula and all(type(parameter) in _PLAIN for parameter in layer.parameters())
+    return plain and (parametrized or "weight" in layer._parameters) and is_called_plainly(layer)
 
 
 def is_known_block(module: Any) -> bool:
@@ -203,6 +204,20 @@ def known_activation(activation: Any) -> Optional[str]:
     """The name of an activation module (None: no activation) that the kernels compute; None if it has to be called."""
     name = _ACTIVATIONS.get(type(activation))
     return name if activation is None or (name is not None and is_called_plainly(activation)) else None
+
+
+def check_scriptable(module: Any, bn: Any, se: Any) -> None:
+    """Raises where a script of the module, which takes the parameters of a batch norm (or None) and a block, would
+    leave out what happens when they are called."""
+    children = {"bn": bn is None or type(bn) is nn.SyncBatchNorm or normalization_of(bn) is not None}
+    children["se"] = se is module or is_known_block(se)
+    children["fc1 or fc2"] = not children["se"] or excitation_of(se._modules) is not None
+    for name, known in children.items():
+        if not known:
+            raise RuntimeError(
+                f"torch.jit.script: expected {name} of {type(module).__name__} to be plain, got one with hooks or with "
+                "a class or tensors of its own, which a script leaves out (torch.jit.trace and torch.export do not)"
+            )
 
 
 def running_statistics(

@@ -17,7 +17,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from ._fusion import batch_norm, scripted_tail, tail
+from ._fusion import batch_norm, check_scriptable, scripted_tail, tail
 from .modules import SqueezeExcitation
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
@@ -64,6 +64,14 @@ class Residual(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.drop_path = drop_path
+
+    def last_batch_norm(self) -> nn.BatchNorm2d:
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> Residual:
+        modules: Any = self._modules
+        check_scriptable(self, self.last_batch_norm(), modules["se"])
+        return self
 
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)

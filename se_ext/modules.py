@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._fusion import BLOCKS, called_block, excitation_of, scripted_tail, tail
+from ._fusion import BLOCKS, called_block, check_scriptable, excitation_of, scripted_tail, tail
 from ._names import ACTIVATIONS, GATES, name_of
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
@@ -101,6 +101,10 @@ class SqueezeExcitation(nn.Module):
             self.post_activation,
             self.inplace and not torch.is_grad_enabled(),
         )
+
+    def __prepare_scriptable__(self) -> SqueezeExcitation:
+        check_scriptable(self, None, self)
+        return self
 
     def extra_repr(self) -> str:
         parts = [f"activation={self.activation}", f"scale_activation={self.scale_activation}"]
@@ -198,6 +202,10 @@ class BatchNormSqueezeExcitation(nn.Module):
             self.post_activation,
             drop_scale,
         )
+
+    def __prepare_scriptable__(self) -> BatchNormSqueezeExcitation:
+        check_scriptable(self, self.bn, self.se)
+        return self
 
     def extra_repr(self) -> str:
         names = {"pre_activation": self.pre_activation, "post_activation": self.post_activation}

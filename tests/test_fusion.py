@@ -595,11 +595,12 @@ def test_a_hook_leaves_float32_weights_beside_a_half_typed_map(dtype: torch.dtyp
 @pytest.mark.parametrize("attach", [adapter, forward_hook("fc1"), own_forward("fc1")], ids=["adapter", "hook", "own"])
 @pytest.mark.parametrize("network", MAKE)
 def test_trace_compile_and_export_call_too(network: str, attach: Callable[[Any, Log], None]) -> None:
-    net = pair(network)[0].eval()
-    log: Log = []
-    attach(block_of(net), log)
+    net, theirs = (net.eval() for net in pair(network))
+    for one in (net, theirs):
+        torch.manual_seed(3)
+        attach(block_of(one), log := [])
     x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
-    expected = net(x)
+    expected = theirs(x)
     traced = torch.jit.trace(net, (x,))
     assert torch.allclose(traced(torch.cat([x, x]))[:2], expected, rtol=1e-9)
     torch._dynamo.reset()
@@ -617,16 +618,33 @@ def test_trace_compile_and_export_call_too(network: str, attach: Callable[[Any, 
 def test_a_hook_added_after_compiling_is_noticed_as_for_torchs_own_modules(guarded: bool) -> None:
     """By default torch does not guard its modules' hooks; where it does, ours are guarded."""
     x = make_map((2, C, 5, 4))
-    for module, layer in ((SqueezeExcitation(C, M), "fc1"), (Plain(), "fc1")):
+    noticed = []
+    for module in (SqueezeExcitation(C, M), Plain()):
         torch._dynamo.reset()
         with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not guarded):
             compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-            before = compiled(x)
-            module.get_submodule(layer).register_forward_hook(lambda _, args, output: output + 1)
-            after = compiled(x)
-        if guarded:
-            assert torch.allclose(after, module(x))
-            assert not torch.equal(after, before)
+            compiled(x)
+            module.fc1.register_forward_hook(lambda _, args, output: output + 1)
+            noticed.append(torch.allclose(compiled(x), module(x)))
+        torch._dynamo.reset()
+        assert torch.allclose(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
+    assert noticed == [guarded, guarded]
+
+
+@pytest.mark.parametrize(
+    ("network", "names"), [("block", ["fc1"]), ("tail", ["bn", "se", "se.fc2"]), ("network", ["bn2", "se", "se.fc1"])]
+)
+def test_a_script_that_would_leave_out_a_hook_is_refused(network: str, names: list[str]) -> None:
+    for name in names:
+        module = MAKE[network]()[0]
+        torch.jit.script(module)
+        module.get_submodule(name).register_forward_hook(lambda *_: None)
+        with pytest.raises(RuntimeError, match=rf"torch.jit.script: expected .*{name[-3:-1]}.* to be plain"):
+            torch.jit.script(module)
+    block = SqueezeExcitation(C, M).double()
+    adapter(block, [])
+    with pytest.raises(RuntimeError, match=r"torch.jit.script: expected fc1 or fc2 of SqueezeExcitation to be plain"):
+        torch.jit.script(block)
 
 
 # ---- running statistics ----
