@@ -16,7 +16,7 @@ from ._names import ACTIVATIONS, GATES, name_of
 # ruff: noqa: UP045
 
 
-# A call of an op's overload takes 1 µs less than a call of the op by its name.
+# A call of an op's overload takes 0.3 µs less than a call of the op by its name.
 _squeeze_excite = torch.ops.se_ext.squeeze_excite.default
 
 
