@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEPS := $(VENV)/.dependencies
 BUILD := $(VENV)/.built
 CPP := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SOURCES := setup.py setup_cuda.py pyproject.toml $(filter csrc/%,$(CPP))
+SOURCES := setup.py setup_compile.py setup_cuda.py pyproject.toml $(filter csrc/%,$(CPP))
 RESULTS := $(patsubst %,benchmarks/results/%.json,inference inference-batch8 train tails networks allocators stages)
 BLOCKS := $(BIN)/python benchmarks/run.py --variants eager_conv eager_linear compile compile_linear
 

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from ._fusion import batch_norm, scripted_tail, tail
+from ._fusion import batch_norm, check_scriptable, scripted_tail, tail
 from .modules import SqueezeExcitation
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
@@ -47,6 +47,14 @@ class Residual(nn.Module):
         initialisation depend."""
         self.downsample = downsample
         self.drop_path = drop_path
+
+    def last_batch_norm(self) -> nn.BatchNorm2d:
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> "Residual":
+        modules: Any = self._modules
+        check_scriptable(self, self.last_batch_norm(), modules["se"])
+        return self
 
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
@@ -106,6 +114,7 @@ class BasicBlock(Residual):
             self.bn2.momentum,
             self.bn2.eps,
             self.bn2.training,
+            self.bn2.track_running_stats,
             self.se.fc1.weight,
             self.se.fc1.bias,
             self.se.fc2.weight,
@@ -174,6 +183,7 @@ class Bottleneck(Residual):
             self.bn3.momentum,
             self.bn3.eps,
             self.bn3.training,
+            self.bn3.track_running_stats,
             self.se.fc1.weight,
             self.se.fc1.bias,
             self.se.fc2.weight,

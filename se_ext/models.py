@@ -1,7 +1,9 @@
 """SE-ResNet and SE-ResNeXt, with the tail of every block (batch norm, SE, shortcut, ReLU) as one op, and every other
 batch norm as one with the ReLU behind it.
 
-The batch norms, ReLUs and SE modules hold the parameters, but are not called: hooks on them do not run.
+A batch norm, ReLU or SE module with hooks or a class of its own is called (see _fusion.py); what is around it stays
+fused. `se` may be replaced by any module, or by None. Under TorchScript the other batch norms are left as they are, for
+torch.jit.freeze to fold into the convolutions.
 
 The networks, the names of their parameters and the initialisation are those of timm's models of the same names, so that
 their checkpoints load as they are; and so are the methods and attributes, so that code for timm's models runs as it is.
