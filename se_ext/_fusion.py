@@ -229,7 +229,9 @@ def running_statistics(
 ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], bool]:
     """The buffers that torch's batch norms would use, and whether they normalise by the statistics of the batch."""
     if not training:
-        return running_mean, running_var, None, running_mean is None and running_var is None
+        if running_mean is None and running_var is None:
+            return None, None, None, True
+        return running_mean, running_var, num_batches_tracked, False  # not moved: a traced graph keeps the buffer
     if not track_running_stats:
         return None, None, None, True
     if (running_mean is None) != (running_var is None):

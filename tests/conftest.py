@@ -30,6 +30,11 @@ HALF = {torch.bfloat16, torch.float16}
 ACTIVATIONS = list(se_ext.reference.ACTIVATIONS)
 GATES = list(se_ext.reference.GATES)
 CPU = torch.device("cpu")
+# Files of tests that do not depend on the instruction set of the CPU kernels: `make test-isa` does not repeat them.
+ONCE = (
+    *("test_benchmark", "test_build", "test_compiled_networks", "test_demo", "test_flops", "test_fx", "test_loader"),
+    *("test_names", "test_report", "test_setup_cuda"),
+)
 RANDOM = ("rand", "randn", "randint", "rand_like", "randn_like")
 
 
@@ -68,6 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if emulated_cuda():
         skips["large"] = "too large for emulated kernels"
     for item in items:
+        if os.environ.get("SE_EXT_CPU_ISA") and item.path.stem.startswith(ONCE):
+            item.add_marker(pytest.mark.skip(reason="does not depend on the instruction set"))
         for marker, reason in skips.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
