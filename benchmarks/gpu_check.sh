@@ -19,7 +19,7 @@ failed=()
 
 # Longest first: each is a process of its own where there is no pytest-xdist.
 readonly tests=(values batch_norm autograd cuda opcheck precision compile shapes reproducible func bn_activation
-  batch_norm_promises models errors checks export module torchscript autocast memory)
+  batch_norm_promises models errors checks fusion export module torchscript autocast memory)
 
 left() { echo $((total - (SECONDS - started))); }
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from se_ext import BatchNormSqueezeExcitation, SqueezeExcitation
 
+pytestmark = pytest.mark.cpu_only
+
 C, M = 16, 8
 KEYS = ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
 

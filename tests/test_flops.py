@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import se_ext
 from se_ext import _flops, models, reference
 
+pytestmark = pytest.mark.cpu_only
+
 N, C, M = 3, 16, 6
 LAYERS = 2 * N * 2 * C * M  # a multiplication and an addition per sample and weight
 ops = torch.ops.se_ext

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import se_ext
 from se_ext import models
 
+pytestmark = pytest.mark.cpu_only
+
 C, M = 16, 8
 
 
