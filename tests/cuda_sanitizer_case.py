@@ -79,8 +79,9 @@ def run(given: dict[str, Tensor]) -> list[Tensor]:
         results += [y, *statistics, *torch.autograd.grad(y, [x, *vectors], given["grad"])]
     with torch.no_grad():
         target = given["x"].clone()
-        results.append(se_ext.squeeze_excite(target, *weights, residual=given["residual"], inplace=True))
-        results.append(torch.ops.se_ext.rescale_(target, s.detach(), given["residual"], "silu"))
+        results.append(se_ext.squeeze_excite(target, *weights, residual=given["residual"], inplace=True).clone())
+        torch.ops.se_ext.rescale_(target, s.detach(), given["residual"], "silu")
+        results.append(target)
         results.append(se_ext.squeeze_excite(given["x"][:, :, 1:], *weights))  # strides that need a copy
     return [t.detach() for t in results]
 
