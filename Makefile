@@ -21,7 +21,7 @@ demo: $(BUILD)  ## train a small CNN on handwritten digits: without SE, with pla
 test: $(BUILD)  ## every test
 	SE_EXT_REQUIRE_BUILD_TREE=1 $(BIN)/python -m pytest $(ARGS)
 
-test-isa: $(BUILD)  ## every test again, on every narrower instruction set that this CPU has
+test-isa: $(BUILD)  ## the tests again, but for tests/conftest.py's ONCE, on every narrower instruction set of this CPU
 	for isa in $$($(BIN)/python -c "from se_ext import _C; print(*_C.cpu_capabilities()[:-1])"); do \
 	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(BIN)/python -m pytest $(ARGS) || exit 1; \
 	done

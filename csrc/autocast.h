@@ -27,14 +27,18 @@ class Autocast {
     return t.scalar_type() == at::kFloat ? at::kFloat : map_type(t);
   }
 
-  at::Tensor map(const at::Tensor& t) const { return t.to(map_type(t)); }
-  at::Tensor weight(const at::Tensor& t) const { return t.to(weight_type(t)); }
+  at::Tensor map(const at::Tensor& t) const { return in_type(t, map_type(t)); }
+  at::Tensor weight(const at::Tensor& t) const { return in_type(t, weight_type(t)); }
   checks::OptionalTensor map(const checks::OptionalTensor& t) const { return t ? checks::OptionalTensor(map(*t)) : t; }
   checks::OptionalTensor weight(const checks::OptionalTensor& t) const {
     return t ? checks::OptionalTensor(weight(*t)) : t;
   }
 
  private:
+  // Without a call of the dispatcher where there is nothing to cast.
+  static at::Tensor in_type(const at::Tensor& t, at::ScalarType type) {
+    return t.scalar_type() == type ? t : t.to(type);
+  }
   static bool is_castable(const at::Tensor& t) { return t.is_floating_point() && t.scalar_type() != at::kDouble; }
 
   c10::DeviceType device_;

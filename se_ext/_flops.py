@@ -15,100 +15,51 @@ from typing import Any
 import torch
 
 COUNTER = "torch.utils.flop_counter"
+# Those with matrix products of their own. (_bn_squeeze_excite_running is made of others, which are counted.)
+COUNTED = (
+    "excite",
+    "squeeze_excite",
+    "squeeze_excite_",
+    "bn_squeeze_excite",
+    "_excite_forward",
+    "_squeeze_excite_forward",
+    "_bn_squeeze_excite_forward",
+    "_excite_backward",
+    "_squeeze_excite_backward",
+    "_bn_squeeze_excite_backward",
+)
 
 
-def layer(rows: int, weight: Sequence[int]) -> int:
+def product(rows: int, weight: Sequence[int]) -> int:
     """A multiplication and an addition per row and weight; a gradient's product takes as many."""
     return 2 * rows * prod(weight)
 
 
-# The formulas take an op's arguments, with tensors' shapes in the place of tensors.
+def formula_of(op: Any) -> Callable[..., int]:
+    """What the counter calls with an op's arguments, shapes in the place of tensors. The op's schema tells their names,
+    and those of the gradients that a backward op's mask asks for."""
+    names = [argument.name for argument in op._schema.arguments]
+    gradients = [result.name for result in op._schema.returns]
 
+    def formula(*arguments: Any, **named: Any) -> int:
+        given = dict(zip(names, arguments, strict=False)) | named
+        rows = given["input" if "input" in names else "z"][0]
+        first, second = product(rows, given["w1"]), product(rows, given["w2"])
+        if "mask" not in names:
+            return first + second
+        wanted = {gradient for gradient, asked in zip(gradients, given["mask"], strict=True) if asked}
+        z = not wanted.isdisjoint(("input", "z", "bn_weight", "bn_bias"))
+        hidden = z or not wanted.isdisjoint(("w1", "b1"))
+        return first * (z + ("w1" in wanted)) + second * (hidden + ("w2" in wanted))
 
-def forward(input: Sequence[int], w1: Sequence[int], b1: Any, w2: Sequence[int], *others: Any, **named: Any) -> int:
-    """Of the ops that begin with the map (or its means z) and the excitation's tensors."""
-    return layer(input[0], w1) + layer(input[0], w2)
-
-
-def bn_forward(
-    input: Sequence[int],
-    bn_weight: Any,
-    bn_bias: Any,
-    w1: Sequence[int],
-    b1: Any,
-    w2: Sequence[int],
-    *others: Any,
-    **named: Any,
-) -> int:
-    return forward(input, w1, b1, w2)
-
-
-def backward(
-    grad_output: Any,
-    input: Sequence[int],
-    w1: Sequence[int],
-    b1: Any,
-    w2: Sequence[int],
-    *others: Any,
-    **named: Any,
-) -> int:
-    input_wanted, w1_wanted, b1_wanted, w2_wanted = mask_of(others, named)[:4]
-    return layers_backward(input[0], w1, w2, input_wanted, w1_wanted, b1_wanted, w2_wanted)
-
-
-def bn_backward(
-    grad_output: Any,
-    input: Sequence[int],
-    bn_weight: Any,
-    bn_bias: Any,
-    w1: Sequence[int],
-    b1: Any,
-    w2: Sequence[int],
-    *others: Any,
-    **named: Any,
-) -> int:
-    input_wanted, bn_weight_wanted, bn_bias_wanted, w1_wanted, b1_wanted, w2_wanted = mask_of(others, named)[:6]
-    z_wanted = input_wanted or bn_weight_wanted or bn_bias_wanted
-    return layers_backward(input[0], w1, w2, z_wanted, w1_wanted, b1_wanted, w2_wanted)
-
-
-def mask_of(others: tuple[Any, ...], named: dict[str, Any]) -> Sequence[bool]:
-    """The last argument of every backward op: which gradients are wanted."""
-    return named["mask"] if "mask" in named else others[-1]
-
-
-def layers_backward(
-    rows: int,
-    w1: Sequence[int],
-    w2: Sequence[int],
-    z_wanted: bool,
-    w1_wanted: bool,
-    b1_wanted: bool,
-    w2_wanted: bool,
-) -> int:
-    hidden_wanted = z_wanted or w1_wanted or b1_wanted
-    return layer(rows, w1) * (z_wanted + w1_wanted) + layer(rows, w2) * (hidden_wanted + w2_wanted)
-
-
-FORMULAS: dict[str, Callable[..., int]] = {
-    "excite": forward,
-    "squeeze_excite": forward,
-    "squeeze_excite_": forward,
-    "bn_squeeze_excite": bn_forward,
-    "_excite_forward": forward,
-    "_squeeze_excite_forward": forward,
-    "_bn_squeeze_excite_forward": bn_forward,
-    "_excite_backward": backward,
-    "_squeeze_excite_backward": backward,
-    "_bn_squeeze_excite_backward": bn_backward,
-}
+    return formula
 
 
 def add_formulas(counter: Any) -> None:
-    for name, formula in FORMULAS.items():
+    for name in COUNTED:
         packet = getattr(torch.ops.se_ext, name)
         if packet not in counter.flop_registry:
-            counter.register_flop_formula(packet)(formula)
+            counter.register_flop_formula(packet)(formula_of(packet.default))
 
 
 class CounterFinder:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -28,6 +27,8 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._names import ACTIVATIONS, GATES
+
 # TorchScript reads the annotations of what is scripted, so they say Optional[Tensor].
 # ruff: noqa: UP045
 
@@ -37,32 +38,13 @@ from torch.nn.utils.parametrize import is_parametrized
 _PLAIN = frozenset({nn.Parameter, Tensor, FakeTensor, FunctionalTensor})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
-# Not those with parameters of their own, which would have to be compared too.
-_ACTIVATIONS: dict[type, str] = {
-    type(None): "identity",
-    nn.Identity: "identity",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-}
+# Not those with settings, which would have to be compared too.
+_WITH_SETTINGS = (nn.ReLU6, nn.GELU, nn.LeakyReLU)
+_NAMES: dict[type, str] = {cls: name for name, cls in ACTIVATIONS.items() if cls not in _WITH_SETTINGS}
 # The activations and gates by name, as torch's modules compute them.
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda input: input,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-    "leaky_relu": F.leaky_relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "hardsigmoid": F.hardsigmoid,
-}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {name: cls().forward for name, cls in (ACTIVATIONS | GATES).items()}
 Excitation = tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]  # w1, b1, w2, b2
-Statistics = tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], bool]  # mean, var, batches, of the batch
-# weight, bias, Statistics, momentum, eps
+# weight, bias, running mean and variance, count of batches, whether by the statistics of the batch, momentum, eps
 Normalization = tuple[
     Optional[Tensor],
     Optional[Tensor],
@@ -202,14 +184,16 @@ def normalization_of(bn: Any) -> Optional[Normalization]:
 
 def known_activation(activation: Any) -> Optional[str]:
     """The name of an activation module (None: no activation) that the kernels compute; None if it has to be called."""
-    name = _ACTIVATIONS.get(type(activation))
-    return name if activation is None or (name is not None and is_called_plainly(activation)) else None
+    if activation is None:
+        return "identity"
+    name = _NAMES.get(type(activation))
+    return name if name is not None and is_called_plainly(activation) else None
 
 
 def check_scriptable(module: Any, bn: Any, se: Any) -> None:
     """Raises where a script of the module, which takes the parameters of a batch norm (or None) and a block, would
     leave out what happens when they are called."""
-    children = {"bn": bn is None or type(bn) is nn.SyncBatchNorm or normalization_of(bn) is not None}
+    children = {"bn": bn is None or normalization_of(bn) is not None}
     children["se"] = se is module or is_known_block(se)
     children["fc1 or fc2"] = not children["se"] or excitation_of(se._modules) is not None
     for name, known in children.items():
@@ -299,28 +283,33 @@ def tail(
     bn: Any,
     se: Any,
     input: Tensor,
-    residual: Tensor | None,
-    drop_scale: Tensor | None,
+    others: Callable[[], tuple[Tensor | None, Tensor | None]],
     pre_activation: str,
     post_activation: str,
 ) -> Tensor:
     """post(drop_scale ⊙ se(pre(bn(input))) + residual), given the modules: what scripted_tail computes where all of
-    them are known. se may be None."""
+    them are known. se may be None. others() gives drop_scale and residual once bn and se have run, as in a network
+    that calls one module after the other: hooks run, and random numbers are drawn, in that order."""
     if not is_known_block(se):
         u = named_batch_norm(bn, pre_activation, input)
-        return _plain_end(u if se is None else se(u), residual, drop_scale, post_activation)
+        v = u if se is None else se(u)
+        drop_scale, residual = others()
+        return _plain_end(v, residual, drop_scale, post_activation)
     state = se.__dict__
     excitation = excitation_of(state["_modules"])
     if excitation is None:
         u = named_batch_norm(bn, pre_activation, input)
         scale = called_excitation(se, u)
+        drop_scale, residual = others()
         return _rescale(u, scale if drop_scale is None else scale * drop_scale[:, None], residual, post_activation)
     w1, b1, w2, b2 = excitation
     activation, gate = state["activation"], state["scale_activation"]
     normalization = normalization_of(bn)
     if normalization is None:
+        u = bn(input)
+        drop_scale, residual = others()
         return _bn_squeeze_excite(
-            bn(input),
+            u,
             None,
             None,
             w1,
@@ -337,6 +326,7 @@ def tail(
             drop_scale,
         )[0]
     weight, bias, mean, var, batches, of_the_batch, momentum, eps = normalization
+    drop_scale, residual = others()
     return _bn_squeeze_excite_running(
         input,
         weight,
@@ -358,6 +348,11 @@ def tail(
         post_activation,
         drop_scale,
     )
+
+
+def given(drop_scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """For a tail's `others` that are there already. (TorchScript, which leaves the call out, reads no lambda.)"""
+    return drop_scale, residual
 
 
 def batch_norm(bn: Any, activation: Any, input: Tensor) -> Tensor:

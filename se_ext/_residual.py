@@ -5,6 +5,7 @@ Under TorchScript the other batch norms are left as they are, for torch.jit.free
 """
 
 import math
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -59,6 +60,10 @@ class Residual(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
 
+    def others(self, x: Tensor) -> tuple[Optional[Tensor], Tensor]:
+        """Stochastic depth and the shortcut, in timm's order."""
+        return self.drop_scale(x), self.shortcut(x)
+
     def drop_scale(self, x: Tensor) -> Optional[Tensor]:
         """[N]: 0 for a dropped sample, 1 / keep probability for the others; None where none is to be dropped."""
         if self.drop_path == 0.0 or not self.training:
@@ -102,7 +107,7 @@ class BasicBlock(Residual):
             modules: Any = self._modules
             out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
             out = self.conv2(out)
-            return tail(modules["bn2"], modules["se"], out, self.shortcut(x), self.drop_scale(x), "identity", "relu")
+            return tail(modules["bn2"], modules["se"], out, partial(self.others, x), "identity", "relu")
         out = self.act1(self.bn1(self.conv1(x)))
         return scripted_tail(
             self.conv2(out),
@@ -170,7 +175,7 @@ class Bottleneck(Residual):
             out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
             out = batch_norm(modules["bn2"], modules["act2"], self.conv2(out))
             out = self.conv3(out)
-            return tail(modules["bn3"], modules["se"], out, self.shortcut(x), self.drop_scale(x), "identity", "relu")
+            return tail(modules["bn3"], modules["se"], out, partial(self.others, x), "identity", "relu")
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.act2(self.bn2(self.conv2(out)))
         return scripted_tail(

@@ -4,13 +4,14 @@
 # forward into its code, and torch.save cannot write strings there.
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._fusion import BLOCKS, called_block, check_scriptable, excitation_of, scripted_tail, tail
+from ._fusion import BLOCKS, called_block, check_scriptable, excitation_of, given, scripted_tail, tail
 from ._names import ACTIVATIONS, GATES, name_of
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
@@ -293,7 +294,7 @@ class BatchNormSqueezeExcitation(nn.Module):
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             modules: Any = self._modules
             pre, post = self.pre_activation, self.post_activation
-            return tail(modules["bn"], modules["se"], input, residual, drop_scale, pre, post)
+            return tail(modules["bn"], modules["se"], input, partial(given, drop_scale, residual), pre, post)
         return scripted_tail(
             input,
             self.bn.weight,

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import se_ext
 from se_ext import _C
@@ -206,6 +207,18 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, 
     assert exact.dtype is torch.float64
     error = (actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)
     assert error <= tolerance(dtype, summed), f"relative error {error:.3g}, allowed {tolerance(dtype, summed):.3g}"
+
+
+class Watch(TorchDispatchMode):
+    """Lists the operators that run, and changes none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def memory_format(dim: int, channels_last: bool) -> torch.memory_format:

@@ -12,6 +12,7 @@ from conftest import (
     ACTIVATIONS,
     DTYPES,
     HALF,
+    Watch,
     assert_close,
     assert_moved_alike,
     check_against_float64,
@@ -19,7 +20,6 @@ from conftest import (
     make_weights,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import se_ext
 from se_ext import reference
@@ -198,18 +198,6 @@ def test_running_statistics_are_those_of_batch_norm(dtype, options):
     before = {name: buffer.clone() for name, buffer in tail.bn.named_buffers()}
     tail.eval()(x)
     assert all(torch.equal(buffer, before[name]) for name, buffer in tail.bn.named_buffers())
-
-
-class Watch(TorchDispatchMode):
-    """Lists the operators that run, and changes none of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.7}, {"momentum": None}], ids=str)

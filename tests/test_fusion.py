@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_map, package
+from conftest import Watch, make_map, package
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import se_ext
 from se_ext import BatchNormSqueezeExcitation, SqueezeExcitation
@@ -63,13 +62,6 @@ class PlainBasicBlock(BasicBlock):
         if drop_scale is not None:
             out = out * drop_scale[:, None, None, None].to(out.dtype)
         return F.relu(out + self.shortcut(x))
-
-
-class PlainBottleneck(Bottleneck):
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.act1(self.bn1(self.conv1(x)))
-        out = self.act2(self.bn2(self.conv2(out)))
-        return PlainBasicBlock.finish(self, self.bn3(self.conv3(out)), self.se)  # type: ignore[arg-type]
 
 
 def basic_block(cls: type[BasicBlock] = BasicBlock, drop_path: float = 0.0) -> BasicBlock:
@@ -393,7 +385,7 @@ def test_hooks_in_a_bottleneck_and_a_projection_run() -> None:
     for name in names:
         block.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
     assert torch.allclose(block(x), expected, rtol=1e-10, atol=1e-12)
-    assert seen == ["bn1", "act1", "bn2", "act2", "downsample.1", "bn3", "se.fc1", "se.fc2", "se"]
+    assert seen == ["bn1", "act1", "bn2", "act2", "bn3", "se.fc1", "se.fc2", "se", "downsample.1"]  # timm's order
 
 
 def test_a_backward_hook_before_an_activation_in_place() -> None:
@@ -450,16 +442,6 @@ def test_hooks_for_all_modules_run_for_every_child(kind: str, network: str) -> N
 
 
 # ---- one op, and again one op ----
-
-
-class Watch(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 def operators(module: nn.Module, *args: Tensor) -> list[str]:
@@ -645,6 +627,15 @@ def test_a_script_that_would_leave_out_a_hook_is_refused(network: str, names: li
     adapter(block, [])
     with pytest.raises(RuntimeError, match=r"torch.jit.script: expected fc1 or fc2 of SqueezeExcitation to be plain"):
         torch.jit.script(block)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_script_of_a_synchronised_batch_norm_is_refused(training: bool) -> None:
+    """torch cannot script it either, and says so less clearly."""
+    tail = nn.SyncBatchNorm.convert_sync_batchnorm(MAKE["tail"]()[0])
+    assert isinstance(tail.bn, nn.SyncBatchNorm)
+    with pytest.raises(RuntimeError, match=r"torch.jit.script: expected bn of BatchNormSqueezeExcitation to be plain"):
+        torch.jit.script(tail.train(training))
 
 
 # ---- running statistics ----
