@@ -204,6 +204,10 @@ def padded(se: Any, log: Log) -> None:
     se.fc1 = nn.Conv2d(C, M, 3, padding=1).double()
 
 
+def padded_second(se: Any, log: Log) -> None:
+    se.fc2 = nn.Conv2d(M, C, 3, padding=1).double()
+
+
 def grouped(se: Any, log: Log) -> None:
     se.fc1 = nn.Conv2d(C, M, 1, groups=2).double()
 
@@ -227,6 +231,7 @@ LAYERS: dict[str, Callable[[Any, Log], Any]] = {
     "forward of its own": own_forward("fc1"),
     "subclass": another_class,
     "padded": padded,
+    "padded second": padded_second,
     "grouped": grouped,
 }
 
@@ -365,6 +370,35 @@ def test_what_is_put_into_a_network_takes_effect(name: str, drop_path: float) ->
         nn.init.uniform_(network[1].bn2.weight, 0.5, 1.0)
     theirs.load_state_dict(ours.state_dict())
     compare((ours, theirs), BLOCKS[name], lambda network: network[1])
+
+
+@pytest.mark.parametrize("name", ["adapter", "hook", "pruned"])
+def test_stochastic_depth_behind_called_layers(name: str) -> None:
+    ours, theirs = pair("network")
+    for network in (ours, theirs):
+        network[1].drop_path = 0.5
+        nn.init.uniform_(network[1].bn2.weight, 0.5, 1.0)
+    theirs.load_state_dict(ours.state_dict())
+    compare((ours, theirs), LAYERS[name], block_of)
+
+
+def replace_downsample(block: Any, log: Log) -> None:
+    block.downsample = nn.Dropout(0.5)
+
+
+def random_block_and_shortcut(block: Any, log: Log) -> None:
+    block.se, block.downsample = nn.Dropout(0.5), nn.Dropout(0.5)
+
+
+@pytest.mark.parametrize("attach", [replace_downsample, random_block_and_shortcut])
+def test_random_numbers_are_drawn_in_timms_order(attach: Callable[[Any, Log], None]) -> None:
+    """The block first, then stochastic depth, then the shortcut."""
+    ours, theirs = pair("network")
+    for network in (ours, theirs):
+        network[1].drop_path = 0.5
+        nn.init.uniform_(network[1].bn2.weight, 0.5, 1.0)
+    theirs.load_state_dict(ours.state_dict())
+    compare((ours, theirs), attach, lambda network: network[1])
 
 
 @pytest.mark.parametrize("name", ["bn", "se"])
