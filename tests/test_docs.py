@@ -221,10 +221,11 @@ def test_tests_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_every_promise_has_a_test() -> None:
-    rows = re.findall(r"^\| .* \| (.*) \|$", (ROOT / "docs/promises.md").read_text(), flags=re.MULTILINE)
-    rows = [row for row in rows if row != "test"]
+    rows = [line.split("|")[-2].strip() for line in (ROOT / "docs/promises.md").read_text().splitlines() if "|" in line]
+    rows = [row for row in rows if row not in ("test", "---")]
     assert len(rows) > 30
-    assert all(re.fullmatch(r"`(test_\w+\.py|make [a-z-]+)`(, `(test_\w+\.py|make [a-z-]+)`)*", row) for row in rows)
+    proof = r"`(test_\w+\.py|make [a-z-]+)`"
+    assert not [row for row in rows if not re.fullmatch(rf"{proof}(, {proof})*", row)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
