@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         for axis, values in experiment.axes.items():
             default = " ".join(map(str, values))
             kind = str if axis in CHOICES else int
-            one.add_argument(f"--{axis}", nargs="*", type=kind, choices=CHOICES.get(axis), help=f"default: {default}")
+            one.add_argument(f"--{axis}", nargs="+", type=kind, choices=CHOICES.get(axis), help=f"default: {default}")
 
     report = commands.add_parser("report", help="the generated pages, or the tables of some results files")
     report.set_defaults(do=_report)

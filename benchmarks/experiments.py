@@ -90,88 +90,108 @@ GPU = ROUNDS + (
 
 @dataclass(frozen=True)
 class Experiment:
-    """One question and how it is answered. `axes` has what is varied: a case for each combination of their values and
-    each workload, which `cases` (a module of benchmarks.cases) makes. Experiments of one `kind` have the same rows."""
+    """One question and how it is answered. `kind` says what rows the answer has, and names the module of
+    benchmarks.cases that measures them: one for each workload and each combination of the values of `axes`."""
 
     name: str
     question: str
     kind: str
-    cases: str
     method: str
     plan: Plan
     axes: Mapping[str, tuple[Any, ...]]
     page_faults_out: bool = True
-    keep_going: bool = False
+    keep_going: bool = False  # after a row that failed
     budget_s: float | None = None
 
     @property
     def results(self) -> Path:
-        """The file that holds its answer."""
+        """The file that holds the answer."""
         return RESULTS / f"{self.name}.json"
 
     def work(self, workload: str, axes: Mapping[str, Any], quick: bool) -> Work:
         """The cases of the workloads that have `workload` in their or a network's name."""
-        module = importlib.import_module(f"benchmarks.cases.{self.cases}")
+        module = importlib.import_module(f"benchmarks.cases.{self.kind}")
         work: Work = module.work(workload, quick=quick, **axes)
         return work
 
 
 def _blocks(name: str, question: str, rounds: int, **axes: tuple[Any, ...]) -> Experiment:
-    every = {"dtype": ("float32",), **axes, "layout": LAYOUTS, "variants": VARIANTS, "device": ("cpu",)}
-    return Experiment(name, question, "blocks", "blocks", BLOCKS, Plan(rounds=rounds), every)
+    axes = {"dtype": ("float32",), **axes, "layout": LAYOUTS, "variants": VARIANTS, "device": ("cpu",)}
+    return Experiment(name, question, "blocks", BLOCKS, Plan(rounds=rounds), axes)
 
 
 ALL = (
     Experiment(
-        "whole_networks",
-        "what a user's inference and training step take with and without se_ext, eager and compiled",
-        *(
-            "whole_networks",
-            "whole_networks",
-            WHOLE_NETWORKS,
-            Plan(rounds=12, block_ms=0, warmup_ms=0, lead_in_calls=0),
-        ),
-        {"mode": MODES, "batch": (8,)},
+        name="whole_networks",
+        question="what do a user's inference and training step take, without and with se_ext, eager and compiled?",
+        kind="whole_networks",
+        method=WHOLE_NETWORKS,
+        plan=Plan(rounds=20, block_ms=0, warmup_ms=0, lead_in_calls=0),
+        axes={"mode": MODES, "batch": (8,)},
         page_faults_out=False,
     ),
-    _blocks("inference", "the SE blocks of eight networks in inference", 8, mode=(INFERENCE,), batch=(1, 32)),
     _blocks(
-        *("inference-batch8", "the same at batch 8, also in bfloat16", 8),
+        name="inference",
+        question="what do the SE blocks of seven networks take in inference?",
+        rounds=8,
+        mode=(INFERENCE,),
+        batch=(1, 32),
+    ),
+    _blocks(
+        name="inference-batch8",
+        question="what do they take at batch 8, also in bfloat16?",
+        rounds=8,
         mode=(INFERENCE,),
         batch=(8,),
         dtype=("float32", "bfloat16"),
     ),
-    _blocks("train", "the same blocks forward and backward", 5, mode=(TRAIN,), batch=(8, 32)),
-    Experiment(
-        "tails",
-        "the block together with the batch norm, activation and shortcut around it",
-        *("tails", "tails", AROUND, Plan(rounds=8, block_ms=3.0, warmup_ms=5.0, lead_in_calls=1)),
-        {"tail": TAILS, "batch": (8,), "layout": LAYOUTS},
+    _blocks(
+        name="train",
+        question="what do they take forward and backward?",
+        rounds=5,
+        mode=(TRAIN,),
+        batch=(8, 32),
     ),
     Experiment(
-        "networks",
-        "what SE costs in whole networks, as they are and with se_ext",
-        *("networks", "networks", NETWORKS, Plan(rounds=25, block_ms=10, warmup_ms=0, lead_in_calls=0)),
-        {"layout": LAYOUTS},
+        name="tails",
+        question="what does the block take together with the batch norm, activation and shortcut around it?",
+        kind="tails",
+        method=AROUND,
+        plan=Plan(rounds=8, block_ms=3.0, warmup_ms=5.0, lead_in_calls=1),
+        axes={"tail": TAILS, "batch": (8,), "layout": LAYOUTS},
     ),
     Experiment(
-        "allocators",
-        "inputs larger than 64 MB under three settings of the allocator",
-        *("allocators", "large_inputs", LARGE_INPUTS, Plan(rounds=10, block_ms=20, warmup_ms=20, lead_in_calls=1)),
-        {"environment": tuple(ENVIRONMENTS), "layout": LAYOUTS},
+        name="networks",
+        question="what does SE cost in whole networks, as they are and with se_ext?",
+        kind="networks",
+        method=NETWORKS,
+        plan=Plan(rounds=25, block_ms=10, warmup_ms=0, lead_in_calls=0),
+        axes={"layout": LAYOUTS},
+    ),
+    Experiment(
+        name="allocators",
+        question="what do inputs larger than 64 MB take under three settings of the allocator?",
+        kind="allocators",
+        method=LARGE_INPUTS,
+        plan=Plan(rounds=10, block_ms=20, warmup_ms=20, lead_in_calls=1),
+        axes={"environment": tuple(ENVIRONMENTS), "layout": LAYOUTS},
         page_faults_out=False,
     ),
     Experiment(
-        "stages",
-        "the stages of the block one by one: what bounds its speedup",
-        *("stages", "stages", STAGES, Plan(rounds=8, block_ms=3.0, warmup_ms=5.0)),
-        {"mode": MODES, "batch": (8, 32), "layout": LAYOUTS},
+        name="stages",
+        question="what do the stages of the block take one by one, and what bounds its speedup?",
+        kind="stages",
+        method=STAGES,
+        plan=Plan(rounds=8, block_ms=3.0, warmup_ms=5.0),
+        axes={"mode": MODES, "batch": (8, 32), "layout": LAYOUTS},
     ),
     Experiment(
-        "gpu",
-        "the block on a GPU, alone and with what stands around it",
-        *("gpu", "gpu", GPU, Plan(rounds=7, block_ms=2.0, warmup_ms=4.0, lead_in_calls=1)),
-        {"layout": LAYOUTS, "device": ("cuda",), "variants": (*VARIANTS[:2], "compile_linear")},
+        name="gpu",
+        question="what does the block take on a GPU, alone and with what stands around it?",
+        kind="gpu",
+        method=GPU,
+        plan=Plan(rounds=7, block_ms=2.0, warmup_ms=4.0, lead_in_calls=1),
+        axes={"layout": LAYOUTS, "device": ("cuda",), "variants": ("eager_conv", "eager_linear", "compile_linear")},
         page_faults_out=False,
         keep_going=True,
         budget_s=220,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -126,12 +126,8 @@ def work(text: str, *, layout: Sequence[str], device: Sequence[str], variants: S
     that is measured (a CPU only to see that it works); where the CPU is among them, its rows stand beside."""
     if "cuda" in device and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch finds no CUDA device")
-    where, sizes = device[0], QUICK if quick else Sizes()
-    found = [
-        dataclasses.replace(case, device=where, sizes=sizes)
-        for case in cases(text, layout, sizes, COMPILE in variants, quick)
-    ]
-    first, rest = split(found)
+    where = device[0]
+    first, rest = split(cases(text, layout, QUICK if quick else Sizes(), COMPILE in variants, quick, where))
     memory = [MemoryCase(case) for case in first if case.is_plain()] if where == "cuda" else []
     beside = [
         BesideCase("cpu", DRAWN, workload, one, "float32", "inference", ())
@@ -161,51 +157,49 @@ def large_batch(workload: Workload, dtype: str, size: int) -> int:
     return -(-size // (sample * DRAWN)) * DRAWN
 
 
-def cases(text: str, layouts: Sequence[str], sizes: Sizes, compiled: bool, quick: bool = False) -> list[GpuCase]:
+def cases(
+    text: str, layouts: Sequence[str], sizes: Sizes, compiled: bool, quick: bool = False, device: str = "cuda"
+) -> list[GpuCase]:
     """All that is to be measured, the first first: a budget of time may end before the list does."""
     workloads = [w for w in read_workloads()[0] if w.matches(text)]
     large = [w for w in workloads if w.name in LARGE_NAMES]
-    dtypes = ("float32", "bfloat16")
-    batches = (8,) if quick else (8, 64, 32)
+    batches = {LARGE: (None,), WALL: (1,), WORKLOADS: (8,) if quick else (8, 64, 32)}
 
-    def of_size(tail: str, mode: str, compiled_dtypes: Sequence[str]) -> list[GpuCase]:
-        return [
-            GpuCase(
-                *(LARGE, tail, mode, w, layout, dtype, large_batch(w, dtype, sizes.large), False),
-                compiled and w.name in COMPILED and dtype in compiled_dtypes,
-            )
-            for dtype, w, layout in itertools.product(dtypes, large, layouts)
-        ]
+    def sweep(
+        group: str,
+        mode: str,
+        dtypes: Sequence[str],
+        compile_if: Callable[[GpuCase], bool],
+        *,
+        tail: str = SE,
+        warm: bool = True,
+    ) -> Iterator[GpuCase]:
+        """The group's workloads in every dtype, batch and layout; a large map's batch follows from its shape."""
+        grid = itertools.product(dtypes, batches[group], large if group == LARGE else workloads, layouts)
+        for dtype, batch, w, layout in grid:
+            n = large_batch(w, dtype, sizes.large) if batch is None else batch
+            case = GpuCase(group, tail, mode, w, layout, dtype, n, warm and group != LARGE, False, device, sizes)
+            yield dataclasses.replace(case, compiled=compiled and w.name in COMPILED and compile_if(case))
 
-    def of_networks(mode: str, dtype: str, warm: bool, compiled_batches: Sequence[int] = ()) -> list[GpuCase]:
-        return [
-            GpuCase(
-                *(WORKLOADS, SE, mode, w, layout, dtype, batch, warm),
-                compiled and w.name in COMPILED and batch in compiled_batches,
-            )
-            for batch, w, layout in itertools.product(batches, workloads, layouts)
-        ]
+    def never(case: GpuCase) -> bool:
+        return False
 
-    def one_sample(dtype: str, compiled_layouts: Sequence[str]) -> list[GpuCase]:
-        return [
-            GpuCase(
-                *(WALL, SE, "inference", w, layout, dtype, 1, True),
-                compiled and w.name in COMPILED and layout in compiled_layouts,
-            )
-            for w, layout in itertools.product(workloads, layouts)
-        ]
+    def in_float32(case: GpuCase) -> bool:
+        return case.dtype == "float32"
 
+    float32, bfloat16 = ("float32",), ("bfloat16",)
+    both = (*float32, *bfloat16)
     return [
-        *of_size(SE, "inference", dtypes),
-        *one_sample("float32", layouts[:1]),
-        *of_size(SHORTCUT, "inference", dtypes[:1]),
-        *of_size(SE, "train", dtypes[:1]),
-        *of_networks("inference", "float32", warm=True, compiled_batches=(8, 64)),
-        *of_size(BN, "train", dtypes[:1]),
-        *of_networks("inference", "bfloat16", warm=True),
-        *of_networks("inference", "float32", warm=False),
-        *of_networks("train", "float32", warm=True),
-        *one_sample("bfloat16", ()),
+        *sweep(LARGE, "inference", both, lambda case: True),
+        *sweep(WALL, "inference", float32, lambda case: case.layout == layouts[0]),
+        *sweep(LARGE, "inference", both, in_float32, tail=SHORTCUT),
+        *sweep(LARGE, "train", both, in_float32),
+        *sweep(WORKLOADS, "inference", float32, lambda case: case.batch in (8, 64)),
+        *sweep(LARGE, "train", both, in_float32, tail=BN),
+        *sweep(WORKLOADS, "inference", bfloat16, never),
+        *sweep(WORKLOADS, "inference", float32, never, warm=False),
+        *sweep(WORKLOADS, "train", float32, never),
+        *sweep(WALL, "inference", bfloat16, never),
     ]
 
 

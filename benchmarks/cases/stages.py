@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import summary
+from benchmarks.cases.allocators import open_gate
 from benchmarks.cases.blocks import make_step
-from benchmarks.cases.large_inputs import open_gate
 from benchmarks.cases.problem import SEED, Problem, draw_problem
 from benchmarks.cases.workloads import Workload, read_workloads
 from benchmarks.measure.case import Case, Work

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,12 @@ def run(
 
 
 def _measure(
-    cases: Any, keep_going: bool, plan: Plan, budget_s: float | None, results: dict[str, Any], out: Path | None
+    cases: Sequence[Case],
+    keep_going: bool,
+    plan: Plan,
+    budget_s: float | None,
+    results: dict[str, Any],
+    out: Path | None,
 ) -> None:
     """Fills in the rows. An experiment that keeps going writes them every few seconds: what is measured is kept,
     however the run ends."""

@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.experiments import ALL
 from benchmarks.measure import results_file
 from benchmarks.report import targets
+from benchmarks.report.allocators import allocator_table, large_input_table
 from benchmarks.report.blocks import against_the_better, slow_rows, summary_table, workload_tables
 from benchmarks.report.gpu import every_row, gpu_parts, gpu_target_table
-from benchmarks.report.large_inputs import allocator_table, large_input_table
 from benchmarks.report.networks import fused_table, network_table
 from benchmarks.report.stages import stage_tables
 from benchmarks.report.tails import tail_table
@@ -125,7 +125,7 @@ def methods(measured: Measured) -> list[str]:
 def tables(results: Results, name: str) -> str:
     """What a run prints: its tables, its rows and where they come from."""
     measured = Measured({name: results})
-    long = [text for page in LONG.values() for text in page(measured)]
+    long = [text for page in QUESTIONS for text in page.parts(measured)]
     gpu = gpu_parts(results) if measured.gpu else []
     short = [text for parts in summaries(measured).values() for text in parts]
     parts = [*dict.fromkeys([*gpu, *short, *long]), *disturbed(measured)]
@@ -161,8 +161,8 @@ def readme(measured: Measured) -> str:
 
 def benchmarks(measured: Measured) -> list[str]:
     pictures = [f"![{words}](images/{name}.png)" for name, words in PICTURES.items()]
-    long = [path for path, page in LONG.items() if page(measured)]
-    pages = [f"- [{TITLES[path]}]({path.removeprefix('docs/')})" for path in long]
+    answered = [page for page in QUESTIONS if page.parts(measured)]
+    links = [f"- [{page.title}]({page.path.removeprefix('docs/')})" for page in answered]
     return [
         "How fast is se_ext, and how was that measured? The [targets](targets.md) say what is required of it; "
         "[the page about GPUs](gpu.md) has what is known of one.",
@@ -171,7 +171,7 @@ def benchmarks(measured: Measured) -> list[str]:
         *(part for title, parts in summaries(measured).items() if parts for part in [f"## {title}", *parts]),
         *disturbed(measured),
         "## Every row",
-        "\n".join(pages),
+        "\n".join(links),
         "## Pictures",
         *pictures,
         "## How it was measured",
@@ -197,33 +197,45 @@ def blocks_in(mode: str) -> Callable[[Measured], list[str]]:
     return lambda measured: workload_tables([row for row in measured.rows("blocks") if row["mode"] == mode])
 
 
-LONG: dict[str, Callable[[Measured], list[str]]] = {
-    "docs/results/whole-networks.md": lambda m: _if(m.rows("whole_networks"), whole_network_table),
-    "docs/results/inference.md": blocks_in("inference"),
-    "docs/results/training.md": blocks_in("train"),
-    "docs/results/tails.md": lambda m: [*_if(m.rows("tails"), tail_table), *workload_tables(m.rows("tails"))],
-    "docs/results/networks.md": lambda m: _if(m.rows("networks"), network_table, fused_table),
-    "docs/results/large-inputs.md": lambda m: _if(m.rows("allocators"), allocator_table, large_input_table),
-    "docs/results/stages.md": lambda m: stage_tables(m.rows("stages")),
-    "docs/results/gpu.md": lambda m: every_row(m.gpu) if m.gpu else [],
-}
-PAGES: dict[str, Callable[[Measured], list[str]]] = {
-    "docs/benchmarks.md": benchmarks,
-    "docs/targets.md": target_page,
-    **LONG,
-}
-TITLES = {
-    "docs/benchmarks.md": "Benchmarks",
-    "docs/targets.md": "Targets",
-    "docs/results/whole-networks.md": "What do whole networks take, without and with se_ext?",
-    "docs/results/inference.md": "What does an SE block take in inference?",
-    "docs/results/training.md": "What does an SE block take forward and backward?",
-    "docs/results/tails.md": "What does an SE block take together with what stands around it?",
-    "docs/results/networks.md": "What does SE cost in a whole network?",
-    "docs/results/large-inputs.md": "What do inputs larger than 64 MB take, by the allocator's settings?",
-    "docs/results/stages.md": "What bounds the speedup of the block?",
-    "docs/results/gpu.md": "What does the block take on a GPU?",
-}
+@dataclass(frozen=True)
+class Page:
+    path: str
+    title: str
+    parts: Callable[[Measured], list[str]]
+
+
+# One question a page, with every row that answers it.
+QUESTIONS = (
+    Page(
+        "docs/results/whole-networks.md",
+        "What do whole networks take, without and with se_ext?",
+        lambda m: _if(m.rows("whole_networks"), whole_network_table),
+    ),
+    Page("docs/results/inference.md", "What does an SE block take in inference?", blocks_in("inference")),
+    Page("docs/results/training.md", "What does an SE block take forward and backward?", blocks_in("train")),
+    Page(
+        "docs/results/tails.md",
+        "What does an SE block take together with what stands around it?",
+        lambda m: [*_if(m.rows("tails"), tail_table), *workload_tables(m.rows("tails"))],
+    ),
+    Page(
+        "docs/results/networks.md",
+        "What does SE cost in a whole network?",
+        lambda m: _if(m.rows("networks"), network_table, fused_table),
+    ),
+    Page(
+        "docs/results/large-inputs.md",
+        "What do inputs larger than 64 MB take, by the allocator's settings?",
+        lambda m: _if(m.rows("allocators"), allocator_table, large_input_table),
+    ),
+    Page("docs/results/stages.md", "What bounds the speedup of the block?", lambda m: stage_tables(m.rows("stages"))),
+    Page("docs/results/gpu.md", "What does the block take on a GPU?", lambda m: every_row(m.gpu) if m.gpu else []),
+)
+PAGES = (
+    Page("docs/benchmarks.md", "Benchmarks", benchmarks),
+    Page("docs/targets.md", "Targets", target_page),
+    *QUESTIONS,
+)
 # Between <!-- name:begin --> and <!-- name:end --> of a page that is otherwise written by hand.
 REGIONS: dict[str, tuple[str, Callable[[Measured], str]]] = {
     "README.md": ("speed", readme),
@@ -246,13 +258,13 @@ def render(measured: Measured, root: Path) -> dict[Path, str]:
     """What every generated page has to say; of a question that nobody measured there is none. Raises ValueError where a
     page lacks its markers."""
     found = {
-        root / path: "\n\n".join([WRITTEN, f"# {TITLES[path]}", *parts]) + "\n"
-        for path, page in PAGES.items()
-        if (parts := page(measured))
+        root / page.path: "\n\n".join([WRITTEN, f"# {page.title}", *parts]) + "\n"
+        for page in PAGES
+        if (parts := page.parts(measured))
     }
     for path, (name, make) in REGIONS.items():
-        page = root / path
-        found[page] = with_region(path, page.read_text() if page.exists() else "", name, make(measured))
+        text = (root / path).read_text() if (root / path).exists() else ""
+        found[root / path] = with_region(path, text, name, make(measured))
     return found
 
 

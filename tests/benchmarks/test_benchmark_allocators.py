@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import se_ext
-from benchmarks.cases import blocks, large_inputs
+from benchmarks.cases import allocators, blocks
 from benchmarks.cases.problem import Problem, draw_problem
 from benchmarks.cases.workloads import Use, Workload, read_workloads
 from benchmarks.measure import allocator
 from benchmarks.measure.case import WrongResult
 from benchmarks.measure.timing import Plan
-from benchmarks.report.large_inputs import allocator_table, large_input_table
+from benchmarks.report.allocators import allocator_table, large_input_table
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.cpu_only]
 
@@ -44,18 +44,18 @@ def test_an_environment_has_its_settings_and_no_others(name: str, monkeypatch: p
 
 
 def test_every_input_is_just_larger_than_the_limit() -> None:
-    found = [workload for workload in read_workloads()[0] if workload.name in large_inputs.NAMES]
-    assert len(found) == len(large_inputs.NAMES)
+    found = [workload for workload in read_workloads()[0] if workload.name in allocators.NAMES]
+    assert len(found) == len(allocators.NAMES)
     for workload in found:
-        batch = large_inputs.large_batch(workload)
+        batch = allocators.large_batch(workload)
         bytes_per_sample = 4 * workload.channels * workload.points
-        assert batch % large_inputs.BATCH_STEP == 0
-        assert batch * bytes_per_sample > large_inputs.LARGE_BYTES
-        assert (batch - large_inputs.BATCH_STEP) * bytes_per_sample <= large_inputs.LARGE_BYTES
+        assert batch % allocators.BATCH_STEP == 0
+        assert batch * bytes_per_sample > allocators.LARGE_BYTES
+        assert (batch - allocators.BATCH_STEP) * bytes_per_sample <= allocators.LARGE_BYTES
 
 
 def test_in_place_again_and_again_leaves_x_as_it_is(problem: Problem) -> None:
-    timed = large_inputs.open_gate(problem)
+    timed = allocators.open_gate(problem)
     step, _ = blocks.make_step("se_ext_inplace", timed, "inference")
     with torch.inference_mode():
         x = timed.x.clone()
@@ -66,9 +66,9 @@ def test_in_place_again_and_again_leaves_x_as_it_is(problem: Problem) -> None:
 
 def test_a_row_has_both_speedups(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("clone", "eager_conv", "eager_linear", "se_ext", "se_ext_inplace")
-    monkeypatch.setattr(large_inputs, "VARIANTS", names)
+    monkeypatch.setattr(allocators, "VARIANTS", names)
     x = problem.x.clone()
-    row = large_inputs.measure_row(problem, ONE_CALL)
+    row = allocators.measure_row(problem, ONE_CALL)
     assert torch.equal(problem.x, x)
     assert tuple(row["variants"]) == names
     for speedups, ours in (("speedup", "se_ext"), ("speedup_inplace", "se_ext_inplace")):
@@ -89,7 +89,7 @@ def test_a_wrong_kernel_in_place_is_never_timed(problem: Problem, monkeypatch: p
 
     monkeypatch.setitem(blocks.MODULES, "se_ext_inplace", wrong)
     with pytest.raises(WrongResult, match="output is off by"):
-        large_inputs.measure_row(problem, ONE_CALL)
+        allocators.measure_row(problem, ONE_CALL)
 
 
 def test_tables_by_hand() -> None:
@@ -117,7 +117,7 @@ def test_tables_by_hand() -> None:
 
 
 def test_every_environment_has_every_row() -> None:
-    work = large_inputs.work("56x56", environment=["default", "huge pages"], layout=["nchw"], quick=False)
+    work = allocators.work("56x56", environment=["default", "huge pages"], layout=["nchw"], quick=False)
     assert [str(case) for case in work.cases] == [
         f"{environment} {block}-m{hidden}-relu-sigmoid nchw"
         for environment in ("default", "huge pages")
