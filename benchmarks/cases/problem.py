@@ -119,9 +119,9 @@ def check(problem: Problem, expected: Mapping[str, Tensor], found: Mapping[str, 
     output lost the memory format of x."""
     allowed = tolerance(problem)
     where = f"{problem.workload.name} {problem.layout} {list(problem.x.shape)} {problem.x.dtype}"
-    output = found["output"]
-    if output is None or output.stride() != problem.x.stride():
-        raise WrongResult(f"{where}: output has strides {output and output.stride()}, x {problem.x.stride()}")
+    strides = None if (output := found["output"]) is None else output.stride()
+    if strides != problem.x.stride():
+        raise WrongResult(f"{where}: output has strides {strides}, x {problem.x.stride()}")
     for name, value in found.items():
         if value is None:
             raise WrongResult(f"{where}: {name} is missing")

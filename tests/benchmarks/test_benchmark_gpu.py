@@ -17,7 +17,6 @@ from made_up import HEADER
 
 from benchmarks import __main__ as command
 from benchmarks.cases import gpu
-from benchmarks.cases.blocks import LAYOUTS
 from benchmarks.cases.gpu import (
     BN,
     COPIES,
@@ -32,6 +31,7 @@ from benchmarks.cases.gpu import (
     ring_size,
     shortcut_of,
 )
+from benchmarks.cases.problem import LAYOUTS
 from benchmarks.cases.workloads import Use, Workload, read_workloads
 from benchmarks.measure.case import WrongResult
 from benchmarks.measure.timing import Plan, Samples
