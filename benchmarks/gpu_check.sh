@@ -22,7 +22,7 @@ failed=()
 # process of its own.
 test_files() {
   find tests -name 'test_*.py' -printf '%s %p\n' | sort -rn | cut -d ' ' -f 2- |
-    xargs grep -LE '^pytestmark = .*(cpu_only|emulated_cuda)'
+    xargs grep -LE '^pytestmark = .*(mark\.cpu_only|not [a-z_.]*emulated_cuda)'
 }
 
 left() { echo $((total - (SECONDS - started))); }

@@ -24,7 +24,6 @@ from benchmarks.measure.timing import LEAD_IN_CALLS, Plan, interleave
 pytestmark = [pytest.mark.benchmark, pytest.mark.cpu_only]
 
 PACKAGE = Path(benchmarks.__file__).parent
-WITHOUT_PAGE_FAULTS = [e.name for e in ALL if e.page_faults_out]
 
 
 # ---- the command ----
@@ -90,6 +89,13 @@ def test_only_a_whole_run_replaces_the_results(
     assert command.main(["run", "tails", *options]) == 0
     assert seen["out"] == {"whole": BY_NAME["tails"].results, None: None}.get(written, Path(str(written)))
     assert seen["rounds"] == (3 if "--rounds" in options else 2 if "--quick" in options else 8)
+
+
+def test_all_are_run_each_in_a_process_of_its_own_but_the_gpu_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda line, check: lines.append(line))
+    assert command.main(["run", "all"]) == 0
+    assert lines == [[sys.executable, "-m", "benchmarks", "run", e.name] for e in ALL if e.name != "gpu"]
 
 
 def test_measuring_imports_no_report() -> None:
