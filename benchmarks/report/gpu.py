@@ -20,7 +20,7 @@ Results = dict[str, Any]
 def gpu_target_table(results: Results | None) -> str:
     """The targets judged by the rows of a GPU; not by a quick run, nor without a GPU."""
     measured: dict[str, list[Row]] = {}
-    if results and not results.get("settings", {}).get("quick", False):
+    if results and not results["settings"]["quick"]:
         measured = {"gpu": results["rows"], "gpu_memory": results["memory"]}
     absent = NO_GPU if results is None or results["gpu"] is None else "not measured"
     title = (

@@ -16,7 +16,7 @@ from benchmarks.report.gpu import every_row, gpu_parts, gpu_target_table
 from benchmarks.report.networks import fused_table, network_table
 from benchmarks.report.stages import stage_tables
 from benchmarks.report.tails import tail_table
-from benchmarks.report.whole_networks import speedup_table, whole_network_table
+from benchmarks.report.whole_networks import BATCH, speedup_table, whole_network_table
 from benchmarks.summary import Row, groups, row_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,14 +33,15 @@ class Measured:
 
     files: Mapping[str, Results]
 
+    def of_kind(self, kind: str) -> list[Results]:
+        return [results for results in self.files.values() if results["kind"] == kind]
+
     def rows(self, kind: str, judged: bool = False) -> list[Row]:
         """Each row once; with `judged` without those of quick runs, whose times mean nothing. Raises ValueError where
-        two files have the same row. A file without a kind is from before there was more than one."""
+        two files have the same row."""
         found: dict[tuple[Any, ...], Row] = {}
-        for results in self.files.values():
-            if results.get("kind", "blocks") != kind or (judged and is_quick(results)):
-                continue
-            for row in results["rows"]:
+        for results in self.of_kind(kind):
+            for row in results["rows"] if not (judged and is_quick(results)) else []:
                 key = (row.get("environment"), *row_key(row))
                 if key in found:
                     raise ValueError(f"{kind}: more than one file has {' '.join(map(str, row_key(row)))}")
@@ -53,11 +54,11 @@ class Measured:
 
     @property
     def gpu(self) -> Results | None:
-        return next((results for results in self.files.values() if results.get("kind") == "gpu"), None)
+        return next(iter(self.of_kind("gpu")), None)
 
 
 def is_quick(results: Results) -> bool:
-    quick: bool = results.get("settings", {}).get("quick", False)
+    quick: bool = results["settings"]["quick"]
     return quick
 
 
@@ -133,28 +134,27 @@ def tables(results: Results, name: str) -> str:
 
 
 def readme(measured: Measured) -> str:
-    """The speed of whole networks and of the block in eight rows at most."""
+    """The speed of whole networks and of the block in eight rows at most, and what they were measured on."""
     networks = measured.rows("whole_networks", judged=True)
     blocks = measured.rows("blocks", judged=True)
     parts = [speedup_table(networks, blocks)]
-    if networks:
-        (results,) = (r for r in measured.files.values() if r.get("kind") == "whole_networks")
-        machine, sizes = (
-            results["machine"],
-            " and ".join(f"{size}×{size}" for (size,) in groups(networks, "image_size")),
-        )
-        batches = " and ".join(str(batch) for (batch,) in groups(networks, "batch"))
+    for results in measured.of_kind("whole_networks") if networks else []:
+        machine, torch = results["machine"], results["software"]["torch"]
+        batches = " and ".join(f"{batch}" for (batch,) in groups(networks, "batch"))
+        sizes = " and ".join(f"{size}×{size}" for (size,) in groups(networks, "image_size"))
         parts.append(
-            f"Median times on {machine['threads']} cores of an {machine['cpu']} ({machine['isa']}), torch "
-            f"{results['software']['torch']}, float32, channels_last, batch {batches}, images of {sizes}. With "
-            "se_ext, efficientnet_b0 and mobilenetv3_large_100 are timm's networks with their SE blocks replaced, "
-            "seresnet50 is `se_ext.models.seresnet50`."
+            f"Median times on {machine['threads']} cores of an {machine['cpu']} ({machine['isa']}), torch {torch}, "
+            f"float32, channels_last, batch {batches}, images of {sizes}. With se_ext, efficientnet_b0 and "
+            "mobilenetv3_large_100 are timm's networks with their SE blocks replaced, seresnet50 is "
+            "`se_ext.models.seresnet50`."
         )
     if blocks:
         models = {use["model"] for row in blocks for use in row["workload"]["uses"]}
+        isas = " and ".join(dict.fromkeys(results["machine"]["isa"] for results in measured.of_kind("blocks")))
         parts.append(
-            f"The block alone: geometric means over the SE blocks of {len(models)} networks in both layouts at batch "
-            "8; speed-up over the better eager form, and of se_ext in eager mode over the better compiled form."
+            f"The block alone ({isas}): geometric means over the SE blocks of {len(models)} networks in both layouts "
+            f"at batch {BATCH}; speed-up over the better eager form, and of se_ext in eager mode over the better "
+            "compiled form."
         )
     return "\n\n".join(parts)
 

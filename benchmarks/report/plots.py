@@ -79,7 +79,7 @@ def pictures(files: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
 
 
 def _rows_and_where(files: Sequence[dict[str, Any]], kind: str) -> tuple[list[Row], str]:
-    mine = [results for results in files if results.get("kind", "blocks") == kind]
+    mine = [results for results in files if results["kind"] == kind]
     rows = [row for results in mine for row in results["rows"]]
     return rows, "; ".join(dict.fromkeys(_where(results) for results in mine))
 

@@ -7,6 +7,8 @@ from typing import Any
 from benchmarks import summary
 
 HEADER: dict[str, Any] = {
+    "kind": "blocks",
+    "settings": {"quick": False},
     "date": "2026-01-02T03:04:05+00:00",
     "notes": ["page faults taken out"],
     "machine": {"cpu": "a CPU", "gpu": None, "threads": 2, "isa": "avx2"},

@@ -46,7 +46,7 @@ def test_the_results_of_an_experiment_are_of_its_kind() -> None:
     for path in (PACKAGE / "results").glob("*.json"):
         experiment = BY_NAME[path.stem]
         assert experiment.results == path
-        assert results_file.load(path).get("kind") == experiment.kind
+        assert results_file.load(path)["kind"] == experiment.kind
 
 
 @pytest.mark.parametrize("name", [e.name for e in ALL])
