@@ -94,9 +94,14 @@ def train_stages(problem: Problem) -> dict[str, Step]:
     _, z, hidden, scale = ops._squeeze_excite_forward(x, *weights, *names, None, "identity")
     grad_scale = torch.randn_like(scale)
 
+    # By name: in what order a private op takes its arguments is its own affair.
+    layers = dict(zip(("w1", "b1", "w2", "b2", "activation", "gate"), (*weights, *names), strict=True))
+    saved = {"z": z, "hidden": hidden, "scale": scale}
+    tail = {"saved": None, "post_activation": "identity"}
+
     def backward(*mask: bool) -> Step:
-        arguments = (grad_y, x, *weights, z, hidden, scale, None, *names, "identity", [*mask, False])
-        return lambda: ops._squeeze_excite_backward(*arguments)
+        given = {"grad_output": grad_y, "input": x, **layers, **saved, **tail, "mask": [*mask, False]}
+        return lambda: ops._squeeze_excite_backward(**given)
 
     return {
         summary.YARDSTICK: x.clone,
@@ -106,7 +111,7 @@ def train_stages(problem: Problem) -> dict[str, Step]:
         "backward": backward(True, True, True, True, True),
         "backward_of_x": backward(True, False, False, False, False),
         "excite": lambda: ops._excite_forward(z, *weights, *names),
-        "excite_backward": lambda: ops._excite_backward(grad_scale, z, *weights, hidden, scale, *names, [True] * 5),
+        "excite_backward": lambda: ops._excite_backward(grad_output=grad_scale, **layers, **saved, mask=[True] * 5),
         "rescale": lambda: functional.rescale(x, scale),
         "rescale_backward": lambda: ops._rescale_backward(grad_y, x, scale, None, "identity", [True, True, False]),
     }
