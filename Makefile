@@ -7,8 +7,6 @@ DEPS := $(VENV)/.dependencies
 BUILD := $(VENV)/.built
 CPP := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py setup_compile.py setup_cuda.py pyproject.toml $(filter csrc/%,$(CPP))
-RESULTS := $(patsubst %,benchmarks/results/%.json,inference inference-batch8 train tails networks allocators stages)
-BLOCKS := $(BIN)/python benchmarks/run.py --variants eager_conv eager_linear compile compile_linear
 
 .PHONY: help demo test test-isa emulated cuda-check cuda-host gpu-check bench readme lint format clean
 
@@ -39,27 +37,19 @@ cuda-host: $(BUILD)  ## the CUDA kernels compiled for the CPU, and their tests
 gpu-check:  ## build for this machine's GPU, its tests, benchmark and sanitizers, without .venv: OUT=dir PYTHON=python3
 	benchmarks/gpu_check.sh "$(OUT)" "$(PYTHON)"
 
-bench: $(BUILD)  ## every measurement behind the README's tables; needs a quiet machine
-	$(BLOCKS) --out benchmarks/results/inference.json --mode inference --batch 1 32 --rounds 8 $(ARGS)
-	$(BLOCKS) --out benchmarks/results/inference-batch8.json --mode inference --dtype float32 bfloat16 --rounds 8 $(ARGS)
-	$(BLOCKS) --out benchmarks/results/train.json --mode train --batch 8 32 --rounds 5 $(ARGS)
-	$(BIN)/python benchmarks/tails.py --out benchmarks/results/tails.json
-	$(BIN)/python benchmarks/networks.py --out benchmarks/results/networks.json
-	$(BIN)/python benchmarks/allocators.py --out benchmarks/results/allocators.json
-	$(BIN)/python benchmarks/stages.py --out benchmarks/results/stages.json
+bench: $(BUILD)  ## every measurement behind the generated pages; needs a quiet machine
+	$(BIN)/python -m benchmarks run all
 	$(MAKE) readme
 
-readme: $(DEPS)  ## write the benchmark's tables and pictures from its results files
-	$(BIN)/python benchmarks/report.py $(RESULTS) --readme README.md --plots benchmarks/results
-	$(BIN)/python benchmarks/gpu_tables.py --readme README.md
+readme: $(DEPS)  ## write the README's table, the generated pages of docs/ and their pictures from the results files
+	$(BIN)/python -m benchmarks report
 
-lint: $(DEPS)  ## ruff, clang-format, mypy, and the README's tables against their results files
+lint: $(DEPS)  ## ruff, clang-format, mypy, and the generated pages against their results files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
-	$(BIN)/python benchmarks/report.py $(RESULTS) --readme README.md --check
-	$(BIN)/python benchmarks/gpu_tables.py --readme README.md --check
+	$(BIN)/python -m benchmarks report --check
 
 format: $(DEPS)  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .

@@ -17,9 +17,13 @@ rm -rf "$work" && mkdir -p "$work/tests" || exit 1
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 failed=()
 
-# Longest first: each is a process of its own where there is no pytest-xdist.
-readonly tests=(values batch_norm autograd cuda opcheck precision compile shapes reproducible func bn_activation
-  batch_norm_promises models errors checks fusion export module torchscript autocast memory)
+# The files of tests that a GPU has something to say to: all, anywhere under tests/, but those whose pytestmark, on one
+# line, says that they are of the CPU or of the kernels on the host. The largest first: without pytest-xdist each is a
+# process of its own.
+test_files() {
+  find tests -name 'test_*.py' -printf '%s %p\n' | sort -rn | cut -d ' ' -f 2- |
+    xargs grep -LE '^pytestmark = .*(mark\.cpu_only|not [a-z_.]*emulated_cuda)'
+}
 
 left() { echo $((total - (SECONDS - started))); }
 
@@ -81,24 +85,26 @@ run_tests() {
   export SE_EXT_REQUIRE_CUDA=1 SE_EXT_SLOW=1 OMP_NUM_THREADS=2
   local options=(-q --device cuda --tb=short -p no:cacheprovider)
   if "$python" -c "import xdist" 2> /dev/null; then
-    local files=("${tests[@]/#/tests/test_}")
-    "$python" -m pytest "${options[@]}" -n 8 "${files[@]/%/.py}"
+    # shellcheck disable=SC2046
+    "$python" -m pytest "${options[@]}" -n 8 $(test_files)
   else
-    printf '%s\n' "${tests[@]}" | xargs -P 8 -I{} sh -c \
-      '"$0" -m pytest "$@" tests/test_{}.py > "'"$work"'/tests/{}.log" 2>&1; status=$?
-       echo "test_{}: status $status: $(grep -E "passed|failed|error|skipped" "'"$work"'/tests/{}.log" | tail -n 1)"
+    test_files | xargs -P 8 -I{} sh -c \
+      'name=$(basename {} .py) log="'"$work"'/tests/$(basename {} .py).log"
+       "$0" -m pytest "$@" {} > "$log" 2>&1; status=$?
+       echo "$name: status $status: $(grep -E "passed|failed|error|skipped" "$log" | tail -n 1)"
        exit $status' "$python" "${options[@]}"
   fi
 }
-tests_in_a_shell="$(declare -p python work tests); $(declare -f run_tests); run_tests"
+tests_in_a_shell="$(declare -p python work); $(declare -f test_files run_tests); run_tests"
 stage tests 150 bash -c "$tests_in_a_shell"
 
 budget=$(($(left) - 100))
 [ "$budget" -gt 220 ] && budget=220
-stage benchmark $((budget + 30)) sh -c '"$0" benchmarks/gpu.py --cpu --budget-s "$1" --out "$2/gpu.json" > "$2/gpu.md"' \
+stage benchmark $((budget + 30)) sh -c \
+  '"$0" -m benchmarks run gpu --device cuda cpu --budget-s "$1" --out "$2/gpu.json" > "$2/gpu.md"' \
   "$python" "$budget" "$work"
 if [ -s "$work/gpu.json" ] && "$python" -c "import matplotlib" 2> /dev/null; then
-  "$python" benchmarks/gpu_tables.py "$work/gpu.json" --plot "$work/gpu.png" >> "$work/benchmark.log" 2>&1
+  "$python" -m benchmarks report "$work/gpu.json" --plots "$work" >> "$work/benchmark.log" 2>&1
 fi
 
 sanitizer=$(command -v compute-sanitizer)

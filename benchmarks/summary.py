@@ -9,6 +9,8 @@ from typing import Any
 YARDSTICK = "clone"
 OURS = "se_ext"
 INPLACE = "se_ext_inplace"
+# Groups of a GPU's rows: large maps; the networks' blocks; one sample, timed at the host.
+LARGE, WORKLOADS, WALL = "large", "workloads", "wall"
 AS_IS, WITHOUT = "as_is", "no_se"
 FUSED_NETWORK = "se_ext_models"
 # Of the block by itself; what stands around it adds to them.
@@ -85,6 +87,13 @@ def add_metrics(row: Row) -> Row:
     return row
 
 
+def add_times(row: Row) -> Row:
+    """Fills in the time per variant."""
+    for variant in row["variants"].values():
+        variant["time_us"] = spread(variant["samples_us"])
+    return row
+
+
 def add_costs(row: Row) -> Row:
     """Fills in what follows from the samples of a network's row: time per variant, and what its SE blocks cost.
 
@@ -92,9 +101,8 @@ def add_costs(row: Row) -> Row:
     costs, against the network as it is: a ratio round by round would divide by costs near zero. It is None where even
     the median cost of the network as it is drowns in noise.
     """
+    add_times(row)
     samples = {name: variant["samples_us"] for name, variant in row["variants"].items()}
-    for name, variant in row["variants"].items():
-        variant["time_us"] = spread(samples[name])
     costs = {name: paired_difference(times, samples[WITHOUT]) for name, times in samples.items() if name != WITHOUT}
     theirs = costs[AS_IS]["median"]
     row["cost_us"] = costs
