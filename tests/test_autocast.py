@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, device, make_map, make_weights
+from helpers import assert_close, device, make_map, make_weights
 from torch import Tensor, nn
 
 import se_ext

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
-from conftest import ACTIVATIONS, GATES, assert_close, make_map, make_weights
+from helpers import ACTIVATIONS, GATES, assert_close, make_map, make_weights
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 

@@ -7,8 +7,8 @@ from typing import Optional
 
 import pytest
 import torch
-from conftest import assert_moved_alike, device, make_map, make_weights
-from test_memory import full_and_small, saved_maps
+from helpers import assert_moved_alike, device, make_map, make_weights, saved_maps
+from test_memory import full_and_small
 from torch import Tensor, nn
 
 import se_ext

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
+from helpers import (
     ACTIVATIONS,
     DTYPES,
     HALF,
@@ -18,9 +18,10 @@ from conftest import (
     check_against_float64,
     device,
     make_map,
+    redispatch,
+    saved_maps,
 )
-from test_fallback import redispatch
-from test_memory import full_and_small, saved_maps
+from test_memory import full_and_small
 from torch import Tensor, nn
 
 from se_ext._fusion import batch_norm

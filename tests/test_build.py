@@ -19,14 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from setuptools.errors import CompileError, SetupError
 from torch.utils.cpp_extension import get_cxx_compiler
 
+import setup_compile
 from se_ext import _C
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import setup_compile  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only
 

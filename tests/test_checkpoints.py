@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, make_map, package
+from helpers import assert_close, make_map, package
 from torch import Tensor, nn
 
 from se_ext import BatchNormSqueezeExcitation, SqueezeExcitation

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import device, make_map, make_weights
-from test_errors import MODES, PARTIAL, tensors_of
+from helpers import MODES, device, make_map, make_weights, tensors_of
+from test_errors import PARTIAL
 from torch import Tensor
 
 import se_ext

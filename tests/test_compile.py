@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, device, make_map, make_weights
+from helpers import DTYPES, device, make_map, make_weights
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend

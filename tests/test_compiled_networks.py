@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import package
+from helpers import package
 from torch import Tensor, nn
 
 import se_ext

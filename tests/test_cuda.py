@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     DTYPES,
     HALF,
     assert_close,
+    assert_same_bits,
     check_against_float64,
     emulated_cuda,
     make_map,
@@ -33,7 +34,6 @@ from se_ext import _C, reference
 
 CUDA = torch.device("cuda", 0)
 PATHS = ("cluster", "chunked", "whole")
-INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 SLEEP = 1_000_000_000  # cycles: about half a second
 SHAPE, HIDDEN = (8, 64, 28, 28), 8
 # Slabs of a few bytes to one of more than all on-chip memory of a cluster; odd sizes, rows without alignment, one
@@ -68,17 +68,6 @@ def path() -> Iterator[Callable[[str], None]]:
     """Chooses how the forward kernels walk the map."""
     yield _C.set_cuda_path
     _C.set_cuda_path("auto")
-
-
-def bits(t: Tensor) -> Tensor:
-    """As integers: -0 and 0 differ, NaNs compare."""
-    return t.detach().contiguous().view(INTEGER[t.element_size()]) if t.is_floating_point() else t
-
-
-def assert_same_bits(actual: list[Tensor], expected: list[Tensor], what: str = "") -> None:
-    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert a.shape == b.shape, f"tensor {i}: {what}"
-        assert torch.equal(bits(a), bits(b)), f"tensor {i} differs: {what}"
 
 
 class Problem:

@@ -17,7 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CUDA_HOST, DTYPES, HALF, check_against_float64, emulated_cuda, make_map, make_weights
+from helpers import (
+    CUDA_HOST,
+    DTYPES,
+    HALF,
+    TESTS,
+    assert_same_bits,
+    check_against_float64,
+    emulated_cuda,
+    make_map,
+    make_weights,
+)
 from torch import Tensor
 
 import se_ext
@@ -55,15 +65,6 @@ def set_path(name: str) -> None:
 def automatic_path() -> Iterator[None]:
     yield
     set_path("auto")
-
-
-def bits(t: Tensor) -> Tensor:
-    return t.detach().contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()])
-
-
-def assert_same_bits(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
-    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(bits(a), bits(b)), f"tensor {i} differs: {what}"
 
 
 def longest(shape: tuple[int, ...], hidden: int) -> int:
@@ -262,8 +263,8 @@ def test_every_half_value_is_read_and_written_as_torch_does(dtype: torch.dtype) 
 # An RTX 4090: as much L2 as an H200, a fifth of its bandwidth.
 CHUNKED = f"""
 import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import conftest, test_cuda_host
+sys.path[:0] = [{str(TESTS)!r}, {str(Path(__file__).parent)!r}]
+import helpers, test_cuda_host
 host = test_cuda_host.host()
 attributes = {{75: 8, 76: 9, 97: 101376, 81: 102400, 16: 128, 38: 72 << 20, 36: 10501000, 37: 384}}
 for attribute, value in attributes.items():
@@ -281,14 +282,14 @@ def test_chunks_where_memory_is_slow_and_the_cache_large() -> None:
 # that another one needs another process.
 ON_A_T4 = f"""
 import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import conftest, test_cuda_host
+sys.path[:0] = [{str(TESTS)!r}, {str(Path(__file__).parent)!r}]
+import helpers, test_cuda_host
 host = test_cuda_host.host()
 for attribute, value in ((75, 7), (76, 5), (97, 65536), (81, 65536), (111, 0), (16, 40), (38, 4 << 20)):
     host.cuda_host_set_attribute(attribute, value)
 torch.manual_seed(1)
 for shape in test_cuda_host.SHAPES.values():
-    for dtype in conftest.DTYPES:
+    for dtype in helpers.DTYPES:
         for last in (False, True):
             test_cuda_host.test_every_path_gives_the_same_bits(shape, dtype, last)
 print("done", host.cuda_host_largest_cluster())

@@ -7,15 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 pytestmark = pytest.mark.cpu_only
 
-ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = {"results.json", "training.png", "gates.png"}
 TINY = ("--quick", "--epochs", "2")
 

@@ -3,16 +3,15 @@ for real, fake and meta tensors."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from helpers import MODES, tensors_of
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 import se_ext
 from se_ext import _loader
@@ -28,7 +27,6 @@ PARTIAL = (
     "expected residual to be apart from input or the same tensor (the op writes into input), got one that overlaps "
     "it in part"
 )
-MODES = ("real", "fake", "meta")
 
 
 def recorded(name: str) -> str:
@@ -36,19 +34,6 @@ def recorded(name: str) -> str:
         "expected no argument that requires grad while grad mode is on (the op writes into input), "
         f"got {name}; use the op without the underscore, or torch.no_grad()"
     )
-
-
-@contextlib.contextmanager
-def tensors_of(mode: str) -> Iterator[str]:
-    """Makes new tensors real, fake, or meta; yields the device of another kind than theirs."""
-    if mode == "fake":
-        with FakeTensorMode():
-            yield "meta"
-    elif mode == "meta":
-        with torch.device("meta"):
-            yield "cpu"
-    else:
-        yield "meta"
 
 
 def x(*shape: int, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, HALF, make_map, make_weights
+from helpers import DTYPES, HALF, make_map, make_weights
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export

@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close, make_map, make_weights, to_float64
+from helpers import assert_close, make_map, make_weights, redispatch, to_float64
 
 from se_ext import reference
 
 pytestmark = pytest.mark.cpu_only
 
-OTHER_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
 N, C, M, SIDE = 3, 8, 4, 5
-
-
-def redispatch(name: str, *args: object) -> torch.Tensor:
-    return getattr(torch.ops.se_ext, name).default.redispatch(OTHER_DEVICE, *args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_map, package
+from helpers import make_map, package
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Watch, make_map, package
+from helpers import Watch, make_map, package
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 

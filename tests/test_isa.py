@@ -11,13 +11,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, TESTS
 
 from se_ext import _C
 
 pytestmark = pytest.mark.cpu_only
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
 LIBRARY = ROOT / "se_ext" / "libse_ext.so"
 ALL = ["baseline", "avx2", "avx512"]
 
@@ -26,7 +25,7 @@ SELF_CHECK = f"""
 import sys
 sys.path.insert(0, {str(TESTS)!r})
 import torch, se_ext
-from conftest import ACTIVATIONS, DTYPES, GATES, HALF, check_against_float64, make_map, make_weights
+from helpers import ACTIVATIONS, DTYPES, GATES, HALF, check_against_float64, make_map, make_weights
 from se_ext import _C, reference
 
 torch.manual_seed(1)

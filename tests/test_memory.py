@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_map, make_weights
+from helpers import make_map, make_weights, saved_maps
 from torch.profiler import ProfilerActivity, profile
 
 import se_ext
@@ -197,20 +197,6 @@ def test_wide_channels_last_needs_no_map_of_partial_sums():
     x = make_map((1, 8192, 16, 16), channels_last=True)
     full, _ = full_and_small(lambda: se_ext.squeeze(x), x)
     assert full == []
-
-
-def saved_maps(function: Callable[[], torch.Tensor], size: int) -> tuple[torch.Tensor, list[int]]:
-    """(the result, the addresses of the full-size tensors that autograd saved)."""
-    saved = []
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if t.numel() == size:
-            saved.append(t.data_ptr())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = function()
-    return y, saved
 
 
 @pytest.mark.parametrize("op", ["squeeze_excite", "rescale"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import package
+from helpers import package
 from torch import nn
 
 from se_ext import models

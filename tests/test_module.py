@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ACTIVATIONS, GATES, assert_close, make_map, package
+from helpers import ACTIVATIONS, GATES, assert_close, make_map, package
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, make_map, package
+from helpers import assert_close, make_map, package
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 

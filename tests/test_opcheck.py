@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, HALF, make_map, make_weights
+from helpers import DTYPES, HALF, make_map, make_weights
 from torch import Tensor
 
 import se_ext

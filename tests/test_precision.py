@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ACTIVATIONS, DTYPES, GATES, HALF, assert_close, make_map, make_weights, memory_format, one_thread
+from helpers import ACTIVATIONS, DTYPES, GATES, HALF, assert_close, make_map, make_weights, memory_format, one_thread
 
 import se_ext
 from se_ext import reference

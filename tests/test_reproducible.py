@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ACTIVATIONS, DTYPES, GATES, make_map, make_weights, thread_counts
+from helpers import ACTIVATIONS, DTYPES, GATES, assert_same_bits, make_map, make_weights, thread_counts
 
 import se_ext
 from se_ext import _C
 
-INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 THREADS = (1, 2, 3, 4)
 # Where threads share samples, share one sample, or split an odd batch; most hold a megabyte and more in float32.
 SHAPES = [
@@ -22,16 +21,6 @@ SHAPES = [
     (13, 1031, 7, 7),
     (3, 17, 20, 20, 20),
 ]
-
-
-def bits(t: torch.Tensor) -> torch.Tensor:
-    """As integers: -0 and 0 differ, NaNs compare."""
-    return t.detach().contiguous().view(INTEGER[t.element_size()])
-
-
-def assert_same_bits(actual: list[torch.Tensor], expected: list[torch.Tensor], what: str) -> None:
-    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(bits(a), bits(b)), f"tensor {i} differs: {what}"
 
 
 def block(x, weights, residual, post, grad):

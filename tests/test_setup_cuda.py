@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from setuptools.errors import SetupError
 
-from se_ext import _C
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import setup_cuda
+from se_ext import _C
 
 pytestmark = pytest.mark.cpu_only
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import DTYPES, assert_close, check_against_float64, make_map, make_weights, memory_format
+from helpers import DTYPES, assert_close, check_against_float64, make_map, make_weights, memory_format
 
 import se_ext
 from se_ext import reference

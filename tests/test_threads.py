@@ -6,18 +6,16 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, make_map, make_weights, one_thread, to_float64
+from helpers import TESTS, assert_close, make_map, make_weights, one_thread, to_float64
 
 import se_ext
 from se_ext import reference
 
 pytestmark = pytest.mark.cpu_only
 
-TESTS = Path(__file__).parent
 SHAPE = (8, 64, 56, 56)
 
 # What the children run: a block big enough to wake every thread, forward and backward.

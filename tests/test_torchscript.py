@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from conftest import emulated_cuda, make_map, make_weights
+from helpers import emulated_cuda, make_map, make_weights
 from torch import Tensor, nn
 
 import se_ext

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     ACTIVATIONS,
     DTYPES,
     GATES,
