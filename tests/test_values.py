@@ -1,9 +1,11 @@
-"""Values and gradients are those of the formula in float64, for every activation, gate, dtype, rank and layout."""
+"""Values and gradients of every op are those of the formula in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import combinations, product
+from typing import Any
 
 import pytest
 import torch
@@ -13,117 +15,139 @@ from helpers import (
     GATES,
     HALF,
     assert_close,
+    assert_same_bits,
     check_against_float64,
     make_map,
     make_weights,
-    to_float64,
     tolerance,
 )
+from ops import BY_NAME, CASES, WEIGHTS_AND_DTYPES, OpCase, Options, cases, differentiable, in_float64
+from torch import Tensor
 
 import se_ext
 from se_ext import reference
 
-N, C, M = 3, 19, 5
-# (spatial shape, channels_last)
-LAYOUTS = [((37,), False), ((5, 7), False), ((5, 7), True), ((3, 4, 3), False), ((3, 4, 3), True)]
-BIASES = [(True, True), (False, False), (True, False), (False, True)]
-WEIGHTS_AND_DTYPES = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES if d in HALF]
+# Pairs of activations before and after the block: those that kernels are compiled for, and one that takes the switch.
+PAIRS = [
+    ("identity", "identity"),
+    ("identity", "relu"),
+    ("identity", "silu"),
+    ("relu", "identity"),
+    ("silu", "identity"),
+    ("hardswish", "identity"),
+    ("gelu", "tanh"),
+]
 
 
-def points(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape[2:]).numel()
+# ---- every op ----
 
 
-def block_cases() -> Iterator[object]:
-    """Every activation with every post-activation, with and without residual; gate, layout and biases turn with them.
-
-    Seven steps of a wheel per activation and post-activation reach every pair with a gate, a layout or a bias.
-    """
-    for a, activation in enumerate(ACTIVATIONS):
-        for p, post in enumerate(ACTIVATIONS):
-            for with_residual in (False, True):
-                gate = GATES[(a + p) % len(GATES)]
-                layout = LAYOUTS[(a + 2 * p + with_residual) % len(LAYOUTS)]
-                bias = BIASES[(a + 3 * p + with_residual) % len(BIASES)]
-                name = f"{activation}-{gate}-{post}" + ("-residual" if with_residual else "")
-                yield pytest.param(activation, gate, post, with_residual, layout, bias, id=name)
+def test_the_table_holds_every_op() -> None:
+    names = torch._C._dispatch_get_all_op_names()
+    registered = [name.removeprefix("se_ext::") for name in names if name.startswith("se_ext::")]
+    assert sorted(registered) == sorted(case.name for case in CASES)
 
 
-def tensors_for(
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    spatial: tuple[int, ...],
-    channels_last: bool,
-    with_residual: bool = False,
-    bias: tuple[bool, bool] = (True, True),
-    four_dims: bool = False,
-) -> list[torch.Tensor | None]:
-    """[x, w1, b1, w2, b2, residual], all requiring grad."""
-    shape = (N, C, *spatial)
-    w1, b1, w2, b2 = make_weights(C, M, weight_dtype, requires_grad=True)
-    if four_dims:
-        w1, w2 = (w.detach()[:, :, None, None].requires_grad_() for w in (w1, w2))
-    return [
-        make_map(shape, dtype, channels_last, requires_grad=True),
-        w1,
-        b1 if bias[0] else None,
-        w2,
-        b2 if bias[1] else None,
-        make_map(shape, dtype, channels_last, requires_grad=True) if with_residual else None,
-    ]
+@cases()
+def test_the_variations_hold_every_pair(case: OpCase) -> None:
+    """And every combination of the crossed options: the table's greedy rows leave nothing out."""
+    domains = case.domains()
+    rows = [options_row(case, options) for options in case.variations()]
+    for names in [*combinations(domains, 2), case.crossed]:
+        found = {tuple(map(str, (row[name] for name in names))) for row in rows}
+        assert found == {tuple(map(str, values)) for values in product(*(domains[name] for name in names))}
 
 
-def block(function, activation, gate, post):
-    """The function of the six tensors alone."""
-    return lambda x, w1, b1, w2, b2, residual: function(x, w1, b1, w2, b2, activation, gate, residual, post)
+def options_row(case: OpCase, options: Options) -> dict[str, Any]:
+    grouped = {
+        "dtypes": (options.dtype, options.weight_dtype),
+        "layout": (options.shape[2:], options.channels_last),
+    }
+    return {name: grouped[name] if name in grouped else getattr(options, name) for name in case.domains()}
 
 
-def test_the_cases_cover_every_pair():
-    rows = [(*c.values[:4], c.values[4], c.values[5]) for c in block_cases()]
-    domains = [ACTIVATIONS, GATES, ACTIVATIONS, [False, True], LAYOUTS, BIASES]
-    for i, first in enumerate(domains):
-        for j, second in enumerate(domains[:i]):
-            assert len({(str(r[i]), str(r[j])) for r in rows}) == len(first) * len(second), (i, j)
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [pytest.param(case, options, id=f"{case}-{options}") for case in CASES for options in case.variations()],
+)
+def test_values_and_gradients(case: OpCase, options: Options) -> None:
+    """Over activations, gates, dtypes, ranks, layouts, and arguments that may be absent."""
+    case.check(replace(options, requires_grad=True))
 
 
-@pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS_AND_DTYPES)
-@pytest.mark.parametrize(("activation", "gate", "post", "with_residual", "layout", "bias"), list(block_cases()))
-def test_squeeze_excite(dtype, weight_dtype, activation, gate, post, with_residual, layout, bias):
-    spatial, channels_last = layout
-    tensors = tensors_for(dtype, weight_dtype, spatial, channels_last, with_residual, bias, len(spatial) == 2)
-    length = points(tensors[0].shape) + C + M
-    check_against_float64(
-        block(se_ext.squeeze_excite, activation, gate, post),
-        block(reference.squeeze_excite, activation, gate, post),
-        tensors,
-        (length, N * length),
-    )
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [
+        pytest.param(case, wanted, id=f"{case}-{'+'.join(wanted)}")
+        for case in CASES
+        for count in (1, 2)
+        for wanted in combinations(case.differentiable, count)
+    ],
+)
+def test_gradients_of_some_arguments(case: OpCase, wanted: tuple[str, ...]) -> None:
+    """A gradient is the same alone and in company, and an argument that wants none gets none."""
+    for pre, post in [*PAIRS, ("identity", "gelu")]:
+        for batch_statistics in (True, False):
+            options = Options(
+                channels_last=True,
+                activation=post,
+                gate="sigmoid",
+                pre_activation=pre,
+                post_activation=post,
+                batch_statistics=batch_statistics,
+                requires_grad=wanted,
+            )
+            case.check(options)
+    arguments = case.make(options)
+    case.run(arguments)[0].sum().backward()
+    with_gradient = {k for k, t in arguments.items() if isinstance(t, Tensor) and t.grad is not None}
+    assert with_gradient == set(wanted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("spatial", "channels_last"), LAYOUTS)
-def test_squeeze(dtype, spatial, channels_last):
-    x = make_map((N, C, *spatial), dtype, channels_last, requires_grad=True)
-    length = points(x.shape)
-    check_against_float64(se_ext.squeeze, reference.squeeze, [x], (length, 1))
+@cases(lambda case: case.forward)
+def test_a_backward_op_gives_what_its_mask_asks_for(case: OpCase) -> None:
+    """Each gradient alone, and all but one: close to what it is among all, and absent where it is not asked for."""
+    for pre, post in PAIRS:
+        options = Options(activation="silu", pre_activation=pre, post_activation=post)
+        arguments = case.make(options)
+        everything = case.run(arguments)
+        count = len(everything)
+        for alone in range(count):
+            for mask in ([i == alone for i in range(count)], [i != alone for i in range(count)]):
+                found = case.run(arguments | {"mask": mask})
+                assert [t is not None for t in found] == mask
+                for ours, expected in zip(found, everything, strict=True):
+                    if ours is not None:
+                        assert_close(ours, expected.double(), torch.float32, case.summed(options)[1])
 
 
-@pytest.mark.parametrize("four_dims", [False, True], ids=["[M,C]", "[M,C,1,1]"])
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS_AND_DTYPES)
-def test_excite(dtype, weight_dtype, activation, gate, four_dims):
-    _, w1, b1, w2, b2, _ = tensors_for(dtype, weight_dtype, (1,), False, four_dims=four_dims)
-    for bias in BIASES:
-        z = torch.randn(7, C).to(dtype).requires_grad_()
-        tensors = [z, w1, b1 if bias[0] else None, w2, b2 if bias[1] else None]
-        check_against_float64(
-            partial(se_ext.excite, activation=activation, gate=gate),
-            partial(reference.excite, activation=activation, gate=gate),
-            tensors,
-            (C + M, 7 * (C + M)),
-        )
+@cases(lambda case: case.is_public and case.differentiable and case.name != "bn_squeeze_excite")
+def test_the_function_is_the_op(case: OpCase) -> None:
+    """se_ext.<name> takes the op's arguments, in the op's order and with its defaults."""
+    function = getattr(se_ext, case.name)
+    for options in (Options(), Options(residual=False, post_activation="identity", biases=(False, False))):
+        arguments = case.make(options)
+        assert_same_bits([function(**arguments)], case.run(arguments))
+        assert_same_bits([function(*arguments.values())], case.run(arguments))
+    required = {k: v for k, v in arguments.items() if isinstance(v, Tensor) or k in ("b1", "b2")}
+    assert_same_bits([function(**required)], [case.op(**required)])
 
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("momentum", [0.1, 0.7])
+def test_the_function_is_the_op_behind_a_batch_norm(momentum: float, training: bool) -> None:
+    """se_ext.bn_squeeze_excite takes running statistics, and no count of batches."""
+    case = BY_NAME["_bn_squeeze_excite_running"]
+    arguments = case.make(Options(momentum=momentum, pre_activation="silu", gate="hardsigmoid"))
+    arguments |= {"num_batches_tracked": None, "training": training}
+    copies = {k: t.clone() if isinstance(t, Tensor) else t for k, t in arguments.items() if k != "num_batches_tracked"}
+    (expected, *_) = case.run(arguments)
+    assert_same_bits([se_ext.bn_squeeze_excite(**copies)], [expected])
+    for name in ("running_mean", "running_var"):
+        assert_same_bits([copies[name]], [arguments[name]])
+
+
+# ---- sizes ----
 
 # Whole blocks of samples, rows and registers and what is left of each; squeezes narrow and wide, more samples than are
 # copied beside each other, matrices within the first-level cache and beyond it.
@@ -141,28 +165,23 @@ SIZES = [
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS_AND_DTYPES)
-def test_excite_of_every_size(dtype, weight_dtype, size):
+def test_excite_of_every_size(dtype: torch.dtype, weight_dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """With silu, which has no kink where float32 may rightly take the other branch."""
     samples, channels, hidden = size
-    z = torch.randn(samples, channels).to(dtype).requires_grad_()
-    tensors = [z, *make_weights(channels, hidden, weight_dtype, requires_grad=True)]
-    names = {"activation": "silu", "gate": "sigmoid"}  # without kinks, where float32 may rightly take the other branch
-    check_against_float64(
-        partial(se_ext.excite, **names),
-        partial(reference.excite, **names),
-        tensors,
-        (channels + hidden, samples * (channels + hidden)),
-    )
+    shape = (samples, channels)
+    options = Options(shape, hidden, dtype, weight_dtype, activation="silu", requires_grad=True)
+    BY_NAME["excite"].check(options)
 
 
 @pytest.mark.parametrize("channels", [8, 24, 40, 72, 200, 264, 1032, 77])
-@pytest.mark.parametrize("points", [(1, 1), (3, 5), (20, 19)], ids=str)
+@pytest.mark.parametrize("spatial", [(1, 1), (3, 5), (20, 19)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_channels_last_of_every_width(dtype, points, channels):
+def test_channels_last_of_every_width(dtype: torch.dtype, spatial: tuple[int, int], channels: int) -> None:
     """Bands of eight, four, two and one registers of channels, and part of one."""
-    x = make_map((2, channels, *points), dtype, channels_last=True, requires_grad=True)
+    x = make_map((2, channels, *spatial), dtype, channels_last=True, requires_grad=True)
     tensors = [x, *make_weights(channels, 4, dtype, requires_grad=True)]
     names = {"activation": "silu", "post_activation": "silu"}
-    length = points[0] * points[1] * channels
+    length = spatial[0] * spatial[1] * channels
     check_against_float64(
         partial(se_ext.squeeze_excite, **names),
         partial(reference.squeeze_excite, **names),
@@ -171,26 +190,13 @@ def test_channels_last_of_every_width(dtype, points, channels):
     )
 
 
-@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("post", ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "scale_dtype"), WEIGHTS_AND_DTYPES)
-def test_rescale(dtype, scale_dtype, post, with_residual):
-    for spatial, channels_last in LAYOUTS:
-        shape = (N, C, *spatial)
-        x = make_map(shape, dtype, channels_last, requires_grad=True)
-        scale = torch.randn(N, C, dtype=torch.float64).to(scale_dtype).requires_grad_()
-        residual = make_map(shape, dtype, channels_last, requires_grad=True) if with_residual else None
-        # Where v rounds to relu6's kink in `dtype`, either slope is right: no gradient is asked for there.
-        v = reference.rescale(*map(to_float64, (x, scale, residual))).detach()
-        grad = torch.randn(shape).masked_fill((v - 6).abs() < 6 * torch.finfo(dtype).eps, 0).to(dtype)
-        check_against_float64(
-            partial(se_ext.rescale, post_activation=post),
-            partial(reference.rescale, post_activation=post),
-            [x, scale, residual],
-            (1, points(shape)),
-            grad,
-        )
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [pytest.param((8, 256, 56, 56), marks=pytest.mark.large), (4, 2048, 7, 7)], ids=str)
+def test_a_batch_norm_of_real_shapes(shape: tuple[int, ...], channels_last: bool) -> None:
+    BY_NAME["bn_squeeze_excite"].check(Options(shape, 6, channels_last=channels_last))
 
+
+# ---- kinks ----
 
 KINKS = [-6.0, -3.0, -1.0, -0.0, 0.0, 1.0, 3.0, 6.0]
 
@@ -198,7 +204,7 @@ KINKS = [-6.0, -3.0, -1.0, -0.0, 0.0, 1.0, 3.0, 6.0]
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("post", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_slopes_at_the_kinks(dtype, post, with_residual):
+def test_slopes_at_the_kinks(dtype: torch.dtype, post: str, with_residual: bool) -> None:
     """Exactly at a kink the slope is the one torch gives there, in the body and in the tail of a vector loop."""
     x = torch.tensor(KINKS, dtype=dtype).repeat(9)[None, None, :-3].requires_grad_()
     residual = torch.zeros_like(x) if with_residual else None
@@ -213,7 +219,7 @@ def test_slopes_at_the_kinks(dtype, post, with_residual):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_slopes_at_the_kinks_of_excite(activation, gate):
+def test_slopes_at_the_kinks_of_excite(activation: str, gate: str) -> None:
     """W1 and W2 are the identity, so that z itself arrives at the activation (or, past the identity, at the gate)."""
     z = torch.tensor(KINKS).repeat(3)[:-3].expand(2, -1).clone().requires_grad_()
     eye = torch.eye(z.shape[1])
@@ -227,102 +233,90 @@ def test_slopes_at_the_kinks_of_excite(activation, gate):
         )
 
 
-@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("post", ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS_AND_DTYPES)
-def test_in_place(dtype, weight_dtype, post, with_residual):
-    """The in-place twins write the same bits into input, and return it."""
-    for spatial, channels_last in LAYOUTS:
-        with torch.no_grad():
-            x, w1, b1, w2, b2, residual = tensors_for(dtype, weight_dtype, spatial, channels_last, with_residual)
-            scale = torch.randn(N, C).to(weight_dtype)
-            exact = reference.squeeze_excite(*map(to_float64, (x, w1, b1, w2, b2)), "silu", "hardsigmoid")
-            exact = reference.ACTIVATIONS[post](exact if residual is None else exact + residual.double())
-            target = x.clone()
-            returned = se_ext.squeeze_excite(
-                target, w1, b1, w2, b2, "silu", "hardsigmoid", residual, post, inplace=True
-            )
-            assert returned is target
-            assert target.stride() == x.stride()
-            assert_close(target, exact, dtype, points(x.shape) + C + M)
-
-            target = x.clone()
-            assert torch.ops.se_ext.rescale_(target, scale, residual, post) is None
-            plain = reference.rescale(x.double(), scale.double(), to_float64(residual), post)
-            assert_close(target, plain, dtype)
+# ---- what an argument means ----
 
 
-def test_in_place_with_input_as_residual():
+def test_in_place_with_input_as_residual() -> None:
     """The residual may be the input itself: each element is read before it is written."""
-    with torch.no_grad():
-        x, w1, b1, w2, b2, _ = tensors_for(torch.float32, torch.float32, (5, 7), False)
-        exact = reference.squeeze_excite(*map(to_float64, (x, w1, b1, w2, b2)), residual=x.double())
-        se_ext.squeeze_excite(x, w1, b1, w2, b2, residual=x, inplace=True)
-        assert_close(x, exact, torch.float32, 35 + C + M)
+    case = BY_NAME["squeeze_excite_"]
+    arguments = case.make(Options(post_activation="identity"))
+    arguments["residual"] = arguments["input"]
+    (exact,) = case.exact(in_float64(arguments))
+    case.run(arguments)
+    assert_close(arguments["input"], exact, torch.float32, case.summed(Options())[0])
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (5,), (1, 2, 3, 4), (0, 5), (1, 5), (0, 4)])
-@pytest.mark.parametrize("post", ["identity", "relu", "silu"])
-def test_partial_gradients(wanted, post):
-    """Whoever asks alone gets the same gradient as in company; nobody else gets one."""
-    tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors_for_float32())]
-    length = 35 + C + M
-    check_against_float64(
-        block(se_ext.squeeze_excite, "relu", "sigmoid", post),
-        block(reference.squeeze_excite, "relu", "sigmoid", post),
-        tensors,
-        (length, N * length),
-    )
-    se_ext.squeeze_excite(*tensors[:5], residual=tensors[5], post_activation=post).sum().backward()
-    assert [t.grad is not None for t in tensors] == [i in wanted for i in range(6)]
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_function_returns_its_input_in_place(inplace: bool) -> None:
+    arguments = BY_NAME["squeeze_excite"].make()
+    x = arguments["input"]
+    assert (se_ext.squeeze_excite(**arguments, inplace=inplace) is x) is inplace
 
 
-def tensors_for_float32() -> list[torch.Tensor]:
-    return tensors_for(torch.float32, torch.float32, (5, 7), True, with_residual=True)
+@pytest.mark.parametrize("pre", ["identity", "silu"])
+def test_dropped_samples_are_their_shortcut(pre: str) -> None:
+    case = BY_NAME["bn_squeeze_excite"]
+    options = Options((4, 12, 5, 5), pre_activation=pre, post_activation="identity")
+    arguments = case.make(options) | {"drop_scale": torch.tensor([0.0, 2.0, 0.0, 2.0])}
+    y, residual = case.run(arguments)[0], arguments["residual"]
+    assert torch.equal(y[::2], residual[::2])
+    assert not torch.allclose(y[1::2], residual[1::2])
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
-@pytest.mark.parametrize("post", ["identity", "relu", "gelu"])
-def test_partial_gradients_of_rescale(wanted, post):
-    x, *_, residual = tensors_for_float32()
-    tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate([x, torch.randn(N, C), residual])]
-    check_against_float64(
-        partial(se_ext.rescale, post_activation=post),
-        partial(reference.rescale, post_activation=post),
-        tensors,
-        (1, 35),
-    )
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("pre", ["identity", "relu", "silu", "hardswish", "tanh"])
+def test_bias_and_activation_before_the_block(pre: str, channels_last: bool) -> None:
+    """pre_bias and pre_activation of the function: the rest of a batch norm that was folded into a convolution."""
+    options = Options((3, 24, 7, 5), 6, channels_last=channels_last, requires_grad=True)
+    arguments = BY_NAME["squeeze_excite"].make(options)
+    x, w1, b1, w2, b2, residual = (arguments[k] for k in ("input", "w1", "b1", "w2", "b2", "residual"))
 
+    def run(module: Any, x: Tensor, bias: Tensor | None, *rest: Tensor | None) -> Tensor:
+        *weights, residual = rest
+        return module.squeeze_excite(x, *weights, residual=residual, pre_bias=bias, pre_activation=pre)
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (2, 3)])
-def test_partial_gradients_of_excite(wanted):
-    _, *weights, _ = tensors_for_float32()
-    tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate([torch.randn(N, C), *weights])]
-    check_against_float64(se_ext.excite, reference.excite, tensors, (C + M, N * (C + M)))
+    for pre_bias in (options.vector(0.0).requires_grad_(), None):
+        check_against_float64(
+            partial(run, se_ext),
+            partial(run, reference),
+            [x, pre_bias, w1, b1, w2, b2, residual],
+            summed=(35, 3 * 35 + 24),
+        )
 
 
 @pytest.mark.parametrize("dtype", sorted(HALF, key=str))
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_master_weights_get_float32_gradients(dtype, channels_last):
+def test_master_weights_get_float32_gradients(dtype: torch.dtype, channels_last: bool) -> None:
     """Beside a half-typed map, float32 weights are never rounded: their gradients are right to float32."""
-    tensors = tensors_for(dtype, torch.float32, (5, 7), channels_last)
-    exact_tensors = [to_float64(t) for t in tensors]
-    y = se_ext.squeeze_excite(*tensors[:5])
-    exact = reference.squeeze_excite(*exact_tensors[:5])
+    case = BY_NAME["squeeze_excite"]
+    options = Options(
+        dtype=dtype,
+        weight_dtype=torch.float32,
+        channels_last=channels_last,
+        residual=False,
+        post_activation="identity",
+        requires_grad=True,
+    )
+    arguments = case.make(options)
+    exact_arguments = in_float64(arguments)
+    y, exact = case.run(arguments)[0], case.exact(exact_arguments)[0]
     g = torch.randn(y.shape).to(dtype)
-    for actual, wanted in zip(
-        torch.autograd.grad(y, tensors[1:5], g), torch.autograd.grad(exact, exact_tensors[1:5], g.double()), strict=True
-    ):
-        assert_close(actual, wanted, torch.float32, N * (35 + C + M))
-    assert tolerance(torch.float32, N * (35 + C + M)) < torch.finfo(dtype).eps / 64  # or this would show nothing
+    names, summed = ("w1", "b1", "w2", "b2"), case.summed(options)[1]
+    ours = torch.autograd.grad(y, [arguments[k] for k in names], g)
+    theirs = torch.autograd.grad(exact, [exact_arguments[k] for k in names], g.double())
+    for actual, wanted in zip(ours, theirs, strict=True):
+        assert_close(actual, wanted, torch.float32, summed)
+    assert tolerance(torch.float32, summed) < torch.finfo(dtype).eps / 64  # or this would show nothing
 
 
-def test_gradients_accumulate():
+@cases(differentiable)
+def test_gradients_accumulate(case: OpCase) -> None:
     """A second backward adds to .grad, and the first graph may be kept."""
-    tensors = tensors_for_float32()
-    y = se_ext.squeeze_excite(*tensors[:5], residual=tensors[5], post_activation="relu")
+    arguments = case.make(Options(requires_grad=True))
+    y = case.run(arguments)[0]
     y.sum().backward(retain_graph=True)
-    once = [t.grad.clone() for t in tensors]
+    leaves = case.leaves(arguments)
+    once = {name: leaf.grad.clone() for name, leaf in leaves.items()}
     y.sum().backward()
-    for t, g in zip(tensors, once, strict=True):
-        assert torch.equal(t.grad, 2 * g)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, 2 * once[name])
