@@ -24,6 +24,7 @@ from helpers import (
     make_map,
     make_weights,
     one_thread,
+    redispatch,
 )
 from torch import Tensor
 
@@ -37,6 +38,16 @@ LAYOUTS = [((37,), False), ((5, 7), False), ((5, 7), True), ((3, 4, 3), False), 
 # Which of two optional tensors are there: two biases, or a batch norm's weight and bias.
 EITHER = [(True, True), (False, False), (True, False), (False, True)]
 WEIGHTS_AND_DTYPES = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES if d in HALF]
+# Pairs of activations before and after the block: those that kernels are compiled for, and one that takes the switch.
+PAIRS = [
+    ("identity", "identity"),
+    ("identity", "relu"),
+    ("identity", "silu"),
+    ("relu", "identity"),
+    ("silu", "identity"),
+    ("hardswish", "identity"),
+    ("gelu", "tanh"),
+]
 # Where an activation's slope jumps.
 KINKS = {
     "relu": (0.0,),
@@ -77,6 +88,7 @@ class Options:
     momentum: float | None = 0.1
     convolutions: bool = False  # weights [M, C, 1, 1] and [C, M, 1, 1]
     requires_grad: bool | Collection[str] = False  # all arguments that have a gradient, or those named
+    maps: Callable[[], Tensor] | None = None  # makes every map, instead of a random one in one of the two layouts
 
     @property
     def weights(self) -> torch.dtype:
@@ -91,7 +103,7 @@ class Options:
         return torch.Size(self.shape[2:]).numel()
 
     def map(self) -> Tensor:
-        return make_map(self.shape, self.dtype, self.channels_last)
+        return self.maps() if self.maps else make_map(self.shape, self.dtype, self.channels_last)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return torch.randn(self.shape[:2], dtype=torch.float64).to(dtype)
@@ -111,7 +123,7 @@ class Options:
         if self.weights is not self.dtype:
             words.append(f"{self.weights} weights".removeprefix("torch."))
         for name, value in vars(self).items():
-            if value != getattr(Options, name) and name not in ("dtype", "weight_dtype", "requires_grad"):
+            if value != getattr(Options, name) and name not in ("dtype", "weight_dtype", "requires_grad", "maps"):
                 words.append(f"{name}={value}".replace("_activation", "").replace(", ", ",").removesuffix("=True"))
         return "-".join(words)
 
@@ -240,9 +252,12 @@ class OpCase:
 
     # ---- calls ----
 
-    def run(self, arguments: dict[str, Any]) -> list[Tensor | None]:
-        """The op's outputs, and then the arguments that it writes."""
-        found = self.op(**arguments)
+    def run(self, arguments: dict[str, Any], redispatched: bool = False) -> list[Tensor | None]:
+        """The op's outputs, and then the arguments that it writes.
+
+        `redispatched`: of the kernel that devices without kernels of ours get.
+        """
+        found = redispatch(self.name, *arguments.values()) if redispatched else self.op(**arguments)
         outputs = [] if found is None else [found] if isinstance(found, Tensor) else list(found)
         return [*outputs, *(arguments[name] for name in self.writes)]
 
@@ -255,21 +270,28 @@ class OpCase:
         """The arguments that gradients are wanted of."""
         return {k: arguments[k] for k in self.differentiable if arguments[k] is not None and arguments[k].requires_grad}
 
-    def step(self, arguments: dict[str, Any], grad: Tensor) -> list[Tensor | None]:
-        """Outputs and gradients."""
-        found = self.run(arguments)
-        return [*found, *torch.autograd.grad(found[0], list(self.leaves(arguments).values()), grad)]
+    def step(self, arguments: dict[str, Any], grad: Tensor | None) -> list[Tensor]:
+        """The outputs that there are, and the gradients that are wanted."""
+        found, leaves = self.run(arguments), list(self.leaves(arguments).values())
+        gradients = torch.autograd.grad(found[0], leaves, grad) if leaves else ()
+        return [t for t in (*found, *gradients) if t is not None]
 
     # ---- checks ----
 
-    def check(self, options: Options, arguments: dict[str, Any] | None = None, grad: Tensor | None = None) -> None:
+    def check(
+        self,
+        options: Options,
+        arguments: dict[str, Any] | None = None,
+        grad: Tensor | None = None,
+        redispatched: bool = False,
+    ) -> None:
         """Compares outputs, what is written, and the gradients that are wanted with the formula in float64.
 
-        `arguments`: random ones unless given. `grad`: dL/dy, random unless given.
+        `arguments`: random ones unless given. `grad`: dL/dy, random unless given. `redispatched`: see `run`.
         """
         arguments = self.make(options) if arguments is None else arguments
         exact_arguments = in_float64(arguments)
-        found, exact = self.run(arguments), self.exact(exact_arguments)
+        found, exact = self.run(arguments, redispatched), self.exact(exact_arguments)
         forward, backward = self.summed(options)
         names = [*(r.name for r in self.op._schema.returns), *self.writes]
         for i, (name, ours, theirs) in enumerate(zip(names, found, exact, strict=True)):
@@ -327,9 +349,13 @@ class OpCase:
         """The options that the op takes, and the values that they go through."""
         return dict(DOMAINS[name] for name in self.names if name in DOMAINS) | {"dtypes": WEIGHTS_AND_DTYPES}
 
-    def variations(self) -> list[Options]:
-        """Every combination of the `crossed` options, and every pair of values of any two options."""
-        return [options_of(**row) for row in covering(self.domains(), self.crossed)]
+    def variations(self, crossed: Collection[str] | None = None, **other: list[Any]) -> list[Options]:
+        """Every combination of the `crossed` options, and every pair of values of any two options.
+
+        `other`: values of options instead of those of `domains`.
+        """
+        rows = covering(self.domains() | other, self.crossed if crossed is None else crossed)
+        return [options_of(**row) for row in rows]
 
 
 def options_of(
@@ -563,9 +589,14 @@ def of_block(o: Options) -> tuple[int, int]:
 
 
 def of_batch(o: Options) -> tuple[int, int]:
-    """A channel has N P values, forward and backward; a weight's gradient has N terms, each a sum over C."""
+    """A channel has N P values. Written out, a weight's gradient is a sum over these and over C."""
     values = o.shape[0] * o.points
-    return values + o.shape[1], 2 * values + o.shape[0] * o.shape[1]
+    return values + o.shape[1], values * o.shape[1]
+
+
+def of_channel(o: Options) -> tuple[int, int]:
+    values = o.shape[0] * o.points
+    return values, 2 * values
 
 
 EXCITATION = ("w1", "b1", "w2", "b2")
@@ -612,11 +643,11 @@ CASES = [
         BN_BLOCK,
         writes=("running_mean", "running_var", "num_batches_tracked"),
     ),
-    OpCase("_bn_activation", bn_activation, of_batch, BN, crossed=CROSSED_BN),
+    OpCase("_bn_activation", bn_activation, of_channel, BN, crossed=CROSSED_BN),
     OpCase(
         "_bn_activation_running",
         with_running_statistics(first(bn_activation)),
-        of_batch,
+        of_channel,
         BN,
         writes=("running_mean", "running_var", "num_batches_tracked"),
     ),
@@ -667,7 +698,7 @@ CASES = [
     OpCase(
         "_bn_activation_backward",
         backward_of(first(bn_activation), BN),
-        of_batch,
+        of_channel,
         forward=("_bn_activation", (None, "mean", None, "inverse")),
     ),
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, device, make_map, make_weights
+from helpers import assert_close, assert_same_bits, device, make_map, make_weights
+from ops import OpCase, Options, cases, differentiable, in_float64
 from torch import Tensor, nn
 
 import se_ext
@@ -27,40 +29,55 @@ def double(t: Any) -> Any:
     return t.detach().double() if isinstance(t, Tensor) else t
 
 
-def scale() -> Tensor:
-    return torch.rand(3, C)
+OPTIONS = Options(SHAPE, M, activation="silu", pre_activation="silu")
+CAST = ("input", "residual", "z")  # what runs in the autocast dtype; everything else stays as it is
 
 
-# The four ops: (op, its arguments, how many of the first of them run in the autocast dtype, terms summed)
-OPS: dict[str, tuple[str, Callable[[], list[Any]], tuple[int, ...], int]] = {
-    "squeeze": ("squeeze", lambda: [make_map(SHAPE)], (0,), P),
-    "excite": ("excite", lambda: [torch.randn(3, C), *make_weights(C, M)], (0,), C),
-    "rescale": ("rescale", lambda: [make_map(SHAPE), scale(), make_map(SHAPE), "relu"], (0, 2), 1),
-    "squeeze_excite": (
-        "squeeze_excite",
-        lambda: [make_map(SHAPE), *make_weights(C, M), "relu", "sigmoid", make_map(SHAPE), "relu"],
-        (0, 7),
-        P + C,
-    ),
-}
+def cast(arguments: dict[str, Any], dtype: torch.dtype, names: tuple[str, ...] = CAST) -> dict[str, Any]:
+    """Copies, with the named ones in that dtype."""
+    return {
+        k: t.detach().to(dtype if k in names else t.dtype, copy=True) if isinstance(t, Tensor) else t
+        for k, t in arguments.items()
+    }
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True], ids=["", "batch"])
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@cases(differentiable)
+def test_the_map_is_cast_and_the_weights_are_not(case: OpCase, dtype: torch.dtype, batch_statistics: bool) -> None:
+    """Bitwise the op on a cast map beside float32 weights, which is close to the formula on the cast map."""
+    options = replace(OPTIONS, batch_statistics=batch_statistics)
+    arguments = case.make(options)
+    given = cast(arguments, dtype)
+    with autocast(dtype):
+        found = case.run(cast(arguments, torch.float32))
+    assert found[0].dtype is dtype
+    assert_same_bits(found, case.run(given))
+    (y, *_) = case.exact(in_float64(cast(arguments, dtype)))
+    assert_close(found[0], y, dtype, case.summed(options)[0])
+    # That the weights were not cast shows: with cast ones the bits are others.
+    if "w1" in given:
+        rounded = cast(arguments, dtype) | {k: arguments[k].to(dtype).float() for k in ("w1", "b1", "w2", "b2")}
+        assert not torch.equal(found[0], case.run(rounded)[0])
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_the_map_is_cast_and_the_weights_are_not(op: str, dtype: torch.dtype) -> None:
-    """Bitwise the op on a cast map beside float32 weights, which is close to the formula on the cast map."""
-    name, make, cast, summed = OPS[op]
-    args = make()
+@pytest.mark.parametrize("map_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@cases(differentiable)
+def test_gradients_have_the_dtype_of_what_was_given(case: OpCase, map_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """And the values of those of the op on the cast map."""
+    arguments = case.make(replace(OPTIONS, dtype=map_dtype, weight_dtype=torch.float32, requires_grad=True))
+    given = cast(arguments, dtype)
+    for name in case.leaves(arguments):
+        given[name].requires_grad_()
     with autocast(dtype):
-        y = getattr(se_ext, name)(*args)
-    assert y.dtype is dtype
-    given = [a.to(dtype) if i in cast else a for i, a in enumerate(args)]
-    assert torch.equal(y, getattr(se_ext, name)(*given))
-    assert_close(y, getattr(reference, name)(*map(double, given)), dtype, summed)
-    # That the weights were not cast shows: with cast ones the bits are others.
-    if name in ("excite", "squeeze_excite"):
-        rounded = [a.to(dtype).float() if isinstance(a, Tensor) and i not in cast else a for i, a in enumerate(given)]
-        assert not torch.equal(y, getattr(se_ext, name)(*rounded))
+        y = case.run(arguments)[0]
+    grad = torch.randn_like(y)
+    expected = torch.autograd.grad(case.run(given)[0], list(case.leaves(given).values()), grad)
+    ours = torch.autograd.grad(y, list(case.leaves(arguments).values()), grad)
+    for (name, leaf), a, b in zip(case.leaves(arguments).items(), ours, expected, strict=True):
+        assert a.dtype is leaf.dtype, name
+        assert torch.equal(a, b.to(leaf.dtype)), name
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
@@ -90,19 +107,14 @@ def test_training_leaves_float32_gradients(dtype: torch.dtype, map_dtype: torch.
         assert_close(p.grad, q.grad, torch.float32, 3 * P * C)
 
 
-def test_float64_stays_float64() -> None:
-    x, w = make_map(SHAPE, torch.float64), make_weights(C, M, torch.float64)
+@cases(differentiable)
+def test_float64_stays_float64(case: OpCase) -> None:
+    arguments = case.make(replace(OPTIONS, dtype=torch.float64))
+    expected = case.run(cast(arguments, torch.float64))
     with autocast(torch.bfloat16):
-        results = [
-            se_ext.squeeze_excite(x, *w, residual=x),
-            se_ext.squeeze(x),
-            se_ext.excite(x.mean((2, 3)), *w),
-            se_ext.rescale(x, torch.rand(3, C, dtype=torch.float64)),
-        ]
-        assert torch.equal(results[0], torch.ops.se_ext.squeeze_excite(x, *w, "relu", "sigmoid", x))
-    assert all(y.dtype is torch.float64 for y in results)
-    assert_close(results[0], reference.squeeze_excite(x, *w, residual=x), torch.float64, P + C)
-    assert_close(results[1], reference.squeeze(x), torch.float64, P)
+        found = case.run(cast(arguments, torch.float64))
+    assert found[0].dtype is torch.float64
+    assert_same_bits(found, expected)
 
 
 def test_a_disabled_region_inside() -> None:
@@ -121,29 +133,34 @@ def test_a_disabled_region_inside() -> None:
 
 
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_residual_of_another_dtype_is_cast_along(residual_dtype: torch.dtype) -> None:
+@cases(lambda case: "residual" in case.differentiable)
+def test_a_residual_of_another_dtype_is_cast_along(case: OpCase, residual_dtype: torch.dtype) -> None:
     """A convolution's output is bfloat16 under autocast where the shortcut may still be float32."""
-    x, r, w = make_map(SHAPE, torch.bfloat16), make_map(SHAPE, residual_dtype), make_weights(C, M)
+    arguments = case.make(replace(OPTIONS, dtype=torch.bfloat16, weight_dtype=torch.float32))
+    arguments["residual"] = arguments["residual"].to(residual_dtype)
+    given = cast(arguments, torch.bfloat16)
     with autocast(torch.bfloat16):
-        y = se_ext.squeeze_excite(x, *w, residual=r, post_activation="relu")
-        z = se_ext.rescale(x, torch.ones(3, C), r)
-    assert torch.equal(y, se_ext.squeeze_excite(x, *w, residual=r.bfloat16(), post_activation="relu"))
-    assert torch.equal(z, se_ext.rescale(x, torch.ones(3, C), r.bfloat16()))
+        found = case.run(cast(arguments, torch.bfloat16, names=()))
+    assert_same_bits(found, case.run(given))
 
 
 @pytest.mark.parametrize("weights", HALF_TYPES, ids=str)
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
-def test_weights_of_a_half_type_run_in_the_autocast_dtype(dtype: torch.dtype, weights: torch.dtype) -> None:
+@cases(differentiable)
+def test_weights_of_a_half_type_run_in_the_autocast_dtype(
+    case: OpCase, dtype: torch.dtype, weights: torch.dtype
+) -> None:
     """The kernels refuse weights of the other half type: autocast casts them; their gradients come back in theirs."""
-    x, w = make_map(SHAPE), make_weights(C, M, weights, requires_grad=True)
+    arguments = case.make(replace(OPTIONS, weight_dtype=weights, requires_grad=True))
+    statistics = ("running_mean", "running_var")
+    given = cast(arguments, dtype, names=(*(k for k in arguments if k not in (*statistics, "num_batches_tracked")),))
     with autocast(dtype):
-        y = se_ext.squeeze_excite(x, *w)
-        s = se_ext.rescale(x, torch.ones(3, C, dtype=weights) * 0.3)
-    assert torch.equal(y, se_ext.squeeze_excite(x.to(dtype), *[t.to(dtype) for t in w]))
-    assert torch.equal(s, se_ext.rescale(x.to(dtype), (torch.ones(3, C, dtype=weights) * 0.3).to(dtype)))
-    y.float().square().sum().backward()
-    assert all(t.grad.dtype is weights for t in w)
-    assert all(t.grad.abs().max() > 0 for t in w)
+        found = case.run(arguments)
+    assert_same_bits([found[0]], [case.run(given)[0]])
+    found[0].float().square().sum().backward()
+    for name, leaf in case.leaves(arguments).items():
+        assert leaf.grad.dtype is leaf.dtype, name
+        assert leaf.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("grad_mode", [False, True])
@@ -196,13 +213,15 @@ def test_double_backward_through_autocast() -> None:
         assert_close(a, b, torch.bfloat16, 3 * P * C)
 
 
-def test_func_transforms_run_in_the_autocast_dtype_too() -> None:
-    x, w = make_map((2, *SHAPE)), make_weights(C, M)
+@cases(lambda case: case.differentiable and not case.writes)
+def test_func_transforms_run_in_the_autocast_dtype_too(case: OpCase) -> None:
+    options = replace(OPTIONS, activation="relu", pre_activation="identity")
+    arguments = case.make(options)
+    first = case.names[0]
+    stack = torch.stack([case.make(options)[first] for _ in range(2)])
     with autocast(torch.bfloat16):
-        y = torch.func.vmap(lambda t: se_ext.squeeze_excite(t, *w))(x)
-        z = torch.func.vmap(se_ext.squeeze)(x)
-    cast = x.bfloat16()
+        y = torch.func.vmap(lambda t: case.run(arguments | {first: t})[0])(stack)
     assert y.dtype is torch.bfloat16
-    assert z.dtype is torch.bfloat16
-    exact = torch.stack([reference.squeeze_excite(double(t), *map(double, w)) for t in cast])
-    assert_close(y, exact, torch.bfloat16, P + C)
+    for ours, t in zip(y, stack, strict=True):
+        (exact, *_) = case.exact(in_float64(cast(arguments | {first: t}, torch.bfloat16)))
+        assert_close(ours, exact, torch.bfloat16, case.summed(options)[0])

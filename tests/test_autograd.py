@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
-from helpers import ACTIVATIONS, GATES, assert_close, make_map, make_weights
+from helpers import assert_close, make_map
+from ops import BY_NAME, CASES, KINKS, OpCase, Options, cases, differentiable, in_float64
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -17,30 +19,37 @@ from se_ext import reference
 
 F64 = torch.float64
 N, C, M = 2, 5, 3
-# Where an activation's slope jumps: finite differences across one of these are no derivative.
-KINKS = {
-    "relu": (0.0,),
-    "relu6": (0.0, 6.0),
-    "leaky_relu": (0.0,),
-    "hardswish": (-3.0, 3.0),
-    "hardsigmoid": (-3.0, 3.0),
-}
 MARGIN = 1e-3  # gradcheck moves an input by 1e-6
 
 
-def is_smooth(activation: str, v: Tensor) -> bool:
-    return all(bool(((v - kink).abs() > MARGIN).all()) for kink in KINKS.get(activation, ()))
+def is_smooth(case: OpCase, arguments: dict[str, Any]) -> bool:
+    """Whether the formula keeps away from every kink: finite differences across one are no derivative."""
+    distances = [torch.tensor(torch.inf)]
+
+    def watched(name: str, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def apply(v: Tensor) -> Tensor:
+            distances.extend((v.detach() - kink).abs().min() for kink in KINKS.get(name, ()))
+            return activation(v)
+
+        return apply
+
+    with pytest.MonkeyPatch.context() as patch:
+        for table in (reference.ACTIVATIONS, reference.GATES):
+            for name, activation in table.items():
+                patch.setitem(table, name, watched(name, activation))
+        case.exact(in_float64(arguments))
+    return bool(min(distances) > MARGIN)
 
 
-def pre_activations(args: list[Any], activation: str, gate: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What enters the activation, the gate and the post-activation, by the reference."""
-    x, w1, b1, w2, b2, residual = args
-    z = reference.squeeze(x) if x.dim() > 2 else x
-    hidden = reference.excite(z, w1, b1, torch.eye(len(w1), dtype=F64), None, "identity", "identity")
-    t = reference.excite(z, w1, b1, w2, b2, activation, "identity")
-    if x.dim() == 2:
-        return hidden, t, t
-    return hidden, t, reference.rescale(x, reference.GATES[gate](t), residual)
+def smooth(case: OpCase, options: Options, spread: float = 1.0) -> dict[str, Any]:
+    """Float64 arguments on which every activation is smooth. Spread data reach both sides of the kinks."""
+    options = replace(options, dtype=F64, weight_dtype=F64, maps=None)
+    spread_out = replace(options, maps=lambda: options.map() * spread)
+    for _ in range(300):
+        arguments = case.make(spread_out)
+        if is_smooth(case, arguments):
+            return arguments
+    raise AssertionError("no data away from the kinks in 300 draws")
 
 
 def smooth_block(
@@ -49,20 +58,11 @@ def smooth_block(
     post: str = "identity",
     residual: bool = False,
     spatial: tuple[int, ...] = (3, 2),
-    channels_last: bool = False,
-    bias: bool = True,
-    spread: float = 1.0,
 ) -> list[Any]:
-    """Float64 leaves x, w1, b1, w2, b2, residual on which every named activation is smooth, and both sides of its
-    kinks occur where the data spread over them."""
-    for _ in range(100):
-        shape = (N, C, *spatial)
-        x = make_map(shape, F64, channels_last) * spread
-        args = [x, *make_weights(C, M, F64, bias), make_map(shape, F64, channels_last) * spread if residual else None]
-        entering = pre_activations(args, activation, gate)
-        if all(map(is_smooth, (activation, gate, post), entering)):
-            return [a if a is None else a.requires_grad_() for a in args]
-    raise AssertionError("no data away from the kinks in 100 draws")
+    """x, w1, b1, w2, b2, residual: smooth arguments of the block, all requiring a gradient."""
+    options = Options((N, C, *spatial), M, F64, None, False, activation, gate, "identity", post, residual=residual)
+    arguments = smooth(BY_NAME["squeeze_excite"], replace(options, requires_grad=True))
+    return [arguments[name] for name in BY_NAME["squeeze_excite"].differentiable]
 
 
 def block(activation: str = "silu", gate: str = "sigmoid", post: str = "identity", library: Any = se_ext) -> Callable:
@@ -72,70 +72,46 @@ def block(activation: str = "silu", gate: str = "sigmoid", post: str = "identity
     return f
 
 
-def check_both(f: Callable, args: tuple[Any, ...]) -> None:
-    assert gradcheck(f, args)
-    assert gradgradcheck(f, args, gen_non_contig_grad_outputs=True)
-
-
 # ---- first and second derivatives against finite differences ----
 
 
-@pytest.mark.parametrize("spatial", [(4,), (3, 2), (2, 1, 3)], ids=["1d", "2d", "3d"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_squeeze(spatial: tuple[int, ...], channels_last: bool) -> None:
-    check_both(se_ext.squeeze, (make_map((N, C, *spatial), F64, channels_last, requires_grad=True),))
+def in_small(options: Options) -> Options:
+    """Finite differences take one call per element."""
+    spatial = {1: (4,), 2: (3, 2), 3: (2, 1, 3)}[len(options.shape) - 2]
+    return replace(options, shape=(N, C, *spatial), hidden=M, requires_grad=True)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_excite_activation(activation: str, bias: bool) -> None:
-    z, *w, _ = smooth_block(activation, spatial=(1,), bias=bias, spread=4.0)
-    z = z.detach().flatten(1).requires_grad_()
-    check_both(lambda *a: se_ext.excite(*a, activation, "tanh"), (z, *w))
+FINITE = [
+    pytest.param(case, in_small(options), id=f"{case}-{in_small(options)}")
+    for case in CASES
+    if case.differentiable
+    for options in case.variations(dtypes=[(F64, F64)], crossed=())
+]
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_excite_gate(gate: str) -> None:
-    z, *w, _ = smooth_block(gate=gate, spatial=(1,), spread=8.0)
-    z = z.detach().flatten(1).requires_grad_()
-    check_both(lambda *a: se_ext.excite(*a, "tanh", gate), (z, *w))
+@pytest.mark.parametrize(("case", "options"), FINITE)
+def test_first_and_second_derivatives(case: OpCase, options: Options) -> None:
+    """Every pair of an op's options: activations, gates, layouts, arguments that are absent, the batch's statistics."""
+    arguments = smooth(case, options, spread=3.0 if case.name in ("rescale", "squeeze_excite") else 1.0)
+    leaves = case.leaves(arguments)
+
+    def f(*tensors: Tensor) -> Tensor:
+        return case.run(arguments | dict(zip(leaves, tensors, strict=True)))[0]
+
+    assert gradcheck(f, tuple(leaves.values()))
+    assert gradgradcheck(f, tuple(leaves.values()), gen_non_contig_grad_outputs=True)
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("post", ACTIVATIONS)
-def test_rescale_post_activation(post: str, channels_last: bool, residual: bool) -> None:
-    x, *_, r = smooth_block(gate="identity", post=post, residual=residual, channels_last=channels_last, spread=3.0)
-    for _ in range(100):
-        s = torch.randn(N, C, dtype=F64)
-        if is_smooth(post, reference.rescale(x, s, r)):
-            break
-    check_both(lambda x, s, r: se_ext.rescale(x, s, r, post), (x, s.requires_grad_(), r))
+@cases(lambda case: case.has_map and case.differentiable)
+def test_derivatives_of_one_point(case: OpCase) -> None:
+    arguments = smooth(case, Options((4, C, 1, 1), M, post_activation="tanh", activation="tanh", requires_grad=True))
+    leaves = case.leaves(arguments)
 
+    def f(*tensors: Tensor) -> Tensor:
+        return case.run(arguments | dict(zip(leaves, tensors, strict=True)))[0]
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_squeeze_excite_activation(activation: str) -> None:
-    check_both(block(activation), tuple(smooth_block(activation, spread=2.0)))
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_squeeze_excite_gate(gate: str) -> None:
-    check_both(block(gate=gate), tuple(smooth_block(gate=gate, spread=3.0, channels_last=True)))
-
-
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("post", ACTIVATIONS)
-def test_squeeze_excite_post_activation(post: str, channels_last: bool, residual: bool) -> None:
-    args = smooth_block(post=post, residual=residual, channels_last=channels_last, spread=4.0, spatial=(2, 2))
-    check_both(block(post=post), tuple(args))
-
-
-@pytest.mark.parametrize("spatial", [(4,), (2, 1, 3), (1, 1)], ids=["1d", "3d", "one point"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_squeeze_excite_spatial_dims_and_bias(spatial: tuple[int, ...], bias: bool) -> None:
-    args = smooth_block("tanh", spatial=spatial, bias=bias, residual=True, channels_last=True)
-    check_both(block("tanh"), tuple(args))
+    assert gradcheck(f, tuple(leaves.values()))
+    assert gradgradcheck(f, tuple(leaves.values()))
 
 
 # ---- against the reference: what finite differences do not reach ----
@@ -367,31 +343,30 @@ def test_jacobian_and_hessian(vectorize: bool) -> None:
 # ---- forward mode ----
 
 
-def tangent(f: Callable, args: list[Any], moved: tuple[int, ...]) -> Tensor | None:
-    with fwad.dual_level():
-        duals = list(args)
-        for i in moved:
-            torch.manual_seed(i)
-            duals[i] = fwad.make_dual(args[i], torch.randn_like(args[i]))
-        return fwad.unpack_dual(f(*duals)).tangent
-
-
-OPS: dict[str, tuple[Callable[[Any], Callable], int]] = {
-    "squeeze": (lambda library: lambda x, *_: library.squeeze(x), 1),
-    "excite": (lambda library: lambda x, *w: library.excite(x[:, :, 0, 0], *w[:4], "gelu", "tanh"), 5),
-    "rescale": (lambda library: lambda x, w1, b1, w2, b2, r: library.rescale(x, r[:, :, 0, 0], r, "gelu"), 6),
-    "squeeze_excite": (lambda library: block("gelu", "sigmoid", "tanh", library), 6),
-}
+def smooth_options(case: OpCase, **other: Any) -> Options:
+    tail = {"activation": "gelu", "gate": "sigmoid", "pre_activation": "silu", "post_activation": "tanh"}
+    return Options((N, C, 3, 2), M, F64, **{**tail, **other})
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
-@pytest.mark.parametrize("op", OPS)
-def test_forward_mode_matches_the_reference(op: str, recorded: bool) -> None:
-    make, count = OPS[op]
-    args = [a.requires_grad_(recorded) for a in leaves(smooth_block("silu", post="tanh", residual=True))]
-    moved = [i for i in range(count) if op != "rescale" or i in (0, 5)]
-    for which in [(i,) for i in moved] + [tuple(moved)]:
-        ours, theirs = (tangent(make(library), args, which) for library in (se_ext, reference))
+@pytest.mark.parametrize("batch_statistics", [False, True], ids=["", "batch"])
+@cases(differentiable)
+def test_forward_mode_matches_the_reference(case: OpCase, batch_statistics: bool, recorded: bool) -> None:
+    """The tangent of each argument alone, and of all together."""
+    options = smooth_options(case, batch_statistics=batch_statistics, requires_grad=recorded)
+    arguments = case.make(options)
+    names = [name for name in case.differentiable if arguments[name] is not None]
+
+    def tangent(call: Callable, moved: list[str]) -> Tensor | None:
+        with fwad.dual_level():
+            given = {k: t.clone() if k in case.writes and t is not None else t for k, t in arguments.items()}
+            for i, name in enumerate(moved):
+                torch.manual_seed(i)
+                given[name] = fwad.make_dual(given[name], torch.randn_like(given[name]))
+            return fwad.unpack_dual(call(given)[0]).tangent
+
+    for moved in [*([name] for name in names), names]:
+        ours, theirs = (tangent(call, moved) for call in (case.run, case.exact))
         assert ours is not None, "a silent zero"
         assert_same([ours.detach()], [theirs.detach()])
 
@@ -409,23 +384,22 @@ def test_forward_over_reverse_matches_the_reference() -> None:
     assert_same(product(se_ext), product(reference))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_a_dual_gradient_goes_through_backward(op: str) -> None:
+@cases(differentiable)
+def test_a_dual_gradient_goes_through_backward(case: OpCase) -> None:
     """Only the incoming gradient is dual, and no graph is made of backward: its tangent must come through all the
     same, never a silent zero."""
-    make, _ = OPS[op]
-    args = smooth_block("silu", post="tanh", residual=True)
+    arguments = case.make(smooth_options(case, requires_grad=True))
 
-    def tangents(library: Any) -> list[Tensor | None]:
-        inputs = leaves(args)
-        y = make(library)(*inputs)
+    def tangents(call: Callable) -> list[Tensor | None]:
+        given = {k: t.clone() if k in case.writes and t is not None else t for k, t in arguments.items()}
+        y = call(given)[0]
         with fwad.dual_level():
             torch.manual_seed(5)
             grad = fwad.make_dual(torch.randn_like(y), torch.randn_like(y))
-            grads = torch.autograd.grad(y, inputs, grad, allow_unused=True)
-            return [None if g is None else fwad.unpack_dual(g).tangent for g in grads]
+            grads = torch.autograd.grad(y, list(case.leaves(given).values()), grad)
+            return [fwad.unpack_dual(g).tangent for g in grads]
 
-    assert_same(tangents(se_ext), tangents(reference))
+    assert_same(tangents(case.run), tangents(case.exact))
 
 
 @pytest.mark.parametrize("op", ["rescale_", "squeeze_excite_"])
@@ -456,23 +430,20 @@ def test_an_in_place_op_on_dual_tensors_is_right_or_raises(op: str, dual: str) -
 # ---- no derivative: an error, never a silent zero ----
 
 
-@pytest.mark.parametrize("name", ["_excite_forward", "_squeeze_excite_forward"])
-def test_the_forward_ops_for_autograd_have_no_derivative(name: str) -> None:
-    x, *w, _ = smooth_block()
-
-    def forward(x: Tensor) -> tuple[Tensor, ...]:
-        if name == "_excite_forward":
-            return torch.ops.se_ext._excite_forward(x[:, :, 0, 0], *w, "relu", "sigmoid")
-        return torch.ops.se_ext._squeeze_excite_forward(x, *w, "relu", "sigmoid", None, "identity")
-
-    for y in forward(x):
-        assert y.requires_grad
-        with pytest.raises(RuntimeError, match=f"derivative for se_ext::{name} is not implemented"):
-            y.sum().backward(retain_graph=True)
+@cases(lambda case: case.name.endswith("_forward"))
+def test_the_forward_ops_for_autograd_have_no_derivative(case: OpCase) -> None:
+    arguments = case.make(smooth_options(case))
+    name = case.names[0]
+    arguments[name].requires_grad_()
+    for y in case.run(arguments):
+        if y is not None and y.requires_grad:
+            with pytest.raises(RuntimeError, match=f"derivative for se_ext::{case} is not implemented"):
+                y.sum().backward(retain_graph=True)
+    assert case.run(arguments)[0].requires_grad
     with fwad.dual_level():
-        dual = fwad.make_dual(x, x.cos())
-        with pytest.raises(NotImplementedError, match=f"forward AD with se_ext::{name}"):
-            forward(dual)
+        dual = fwad.make_dual(arguments[name].detach(), arguments[name].detach().cos())
+        with pytest.raises(NotImplementedError, match=f"forward AD with se_ext::{case}"):
+            case.run(arguments | {name: dual})
 
 
 @pytest.mark.parametrize("op", ["rescale_", "squeeze_excite_"])

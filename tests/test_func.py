@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_close, make_map, make_weights
+from ops import OpCase, Options, cases, differentiable
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils import _pytree as pytree
@@ -36,14 +38,6 @@ def block(library: Any) -> Callable[..., Tensor]:
     return f
 
 
-OPS: dict[str, Callable[[Any], Callable[..., Tensor]]] = {
-    "squeeze": lambda library: lambda x, *_: library.squeeze(x),
-    "excite": lambda library: lambda x, *w: library.excite(x[:, :, 0, 0], *w[:4], "silu", "tanh"),
-    "rescale": lambda library: lambda x, w1, b1, w2, b2, r: library.rescale(x, r[:, :, 0, 0], r, "gelu"),
-    "squeeze_excite": block,
-}
-
-
 def arguments(batch: tuple[int, ...] = ()) -> list[Tensor]:
     """x, w1, b1, w2, b2, residual, each with `batch` before its own shape."""
     one = [make_map(SHAPE, F64), *make_weights(C, M, F64), make_map(SHAPE, F64)]
@@ -52,30 +46,47 @@ def arguments(batch: tuple[int, ...] = ()) -> list[Tensor]:
 
 # ---- vmap ----
 
-IN_DIMS = {
-    "map": (0, None, None, None, None, None),
-    "map and residual": (0, None, None, None, None, 0),
-    "weights": (None, 0, 0, 0, 0, None),
-    "one weight": (None, None, None, 0, None, None),
-    "all": (0, 0, 0, 0, 0, 0),
+OPTIONS = Options(SHAPE, M, F64, activation="silu", pre_activation="silu", gate="tanh", post_activation="tanh")
+# The ops that a transform runs through. (Running statistics that move are none of a function's business: evaluation.)
+transformed = cases(differentiable)
+
+
+def problem(case: OpCase) -> tuple[dict[str, Any], list[str]]:
+    """Arguments, and the names of those that a transform may take."""
+    arguments = case.make(replace(OPTIONS, batch_statistics=not case.writes))
+    return arguments, list(case.differentiable)
+
+
+def through(case: OpCase, arguments: dict[str, Any], names: list[str], exact: bool = False) -> Callable[..., Tensor]:
+    """The op, or the formula, as a function of the named arguments."""
+    call = case.exact if exact else case.run
+    return lambda *tensors: call(arguments | dict(zip(names, tensors, strict=True)))[0]
+
+
+MAPPED = {
+    "map": lambda name: name in ("input", "z"),
+    "map and residual": lambda name: name in ("input", "z", "residual"),
+    "weights": lambda name: name not in ("input", "z", "residual"),
+    "one weight": lambda name: name in ("w2", "weight", "scale"),
+    "all": lambda name: True,
 }
 
 
-READS = {"squeeze": (0,), "excite": (0, 1, 2, 3, 4), "rescale": (0, 5), "squeeze_excite": (0, 1, 2, 3, 4, 5)}
-# vmap over nothing that the op reads has nothing to stack.
-VMAPS = [
-    pytest.param(op, in_dims, id=f"{op}-{name}")
-    for op in OPS
-    for name, in_dims in IN_DIMS.items()
-    if any(in_dims[i] == 0 for i in READS[op])
-]
-
-
-@pytest.mark.parametrize(("op", "in_dims"), VMAPS)
-def test_vmap(op: str, in_dims: tuple[int | None, ...]) -> None:
-    args = [b if d == 0 else a for a, b, d in zip(arguments(), arguments((B,)), in_dims, strict=True)]
-    ours = vmap(OPS[op](se_ext), in_dims)(*args)
-    loop = [OPS[op](reference)(*[a[i] if d == 0 else a for a, d in zip(args, in_dims, strict=True)]) for i in range(B)]
+@pytest.mark.parametrize("mapped", MAPPED.values(), ids=MAPPED)
+@transformed
+def test_vmap(case: OpCase, mapped: Callable[[str], bool]) -> None:
+    arguments, names = problem(case)
+    in_dims = tuple(0 if mapped(name) else None for name in names)
+    if not any(d == 0 for d in in_dims):
+        return  # vmap over nothing that the op reads has nothing to stack
+    others = [problem(case)[0] for _ in range(B)]
+    stacks = [
+        torch.stack([other[name] for other in others]) if d == 0 else arguments[name]
+        for name, d in zip(names, in_dims, strict=True)
+    ]
+    ours = vmap(through(case, arguments, names), in_dims)(*stacks)
+    formula = through(case, arguments, names, exact=True)
+    loop = [formula(*[t[i] if d == 0 else t for t, d in zip(stacks, in_dims, strict=True)]) for i in range(B)]
     assert_same(ours, torch.stack(loop))
 
 
@@ -115,30 +126,46 @@ def test_an_ensemble_of_modules() -> None:
 # ---- derivatives ----
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_grad(op: str) -> None:
-    args = arguments()
+@transformed
+def test_grad(case: OpCase) -> None:
+    arguments, names = problem(case)
+    given = [arguments[name] for name in names]
 
-    def gradient(library: Any) -> Any:
-        return grad(lambda *a: OPS[op](library)(*a).square().sum(), argnums=READS[op])(*args)
+    def gradient(exact: bool) -> Any:
+        f = through(case, arguments, names, exact)
+        return grad(lambda *t: f(*t).square().sum(), argnums=tuple(range(len(names))))(*given)
 
-    assert_same(gradient(se_ext), gradient(reference))
+    assert_same(gradient(False), gradient(True))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_vjp_and_jvp(op: str) -> None:
-    args, tangents = arguments(), arguments()
-    y, pull = vjp(OPS[op](se_ext), *args)
-    expected, reference_pull = vjp(OPS[op](reference), *args)
+@transformed
+def test_vjp_and_jvp(case: OpCase) -> None:
+    (arguments, names), (other, _) = problem(case), problem(case)
+    given, tangents = (tuple(a[name] for name in names) for a in (arguments, other))
+    ours, formula = (through(case, arguments, names, exact) for exact in (False, True))
+    y, pull = vjp(ours, *given)
+    expected, reference_pull = vjp(formula, *given)
     assert_same(y, expected)
     cotangent = torch.randn_like(y)
-    pairs = [(a, b) for a, b in zip(pull(cotangent), reference_pull(cotangent), strict=True) if b.abs().max() > 0]
-    assert len(pairs) >= 1
-    for a, b in pairs:
-        assert_same(a, b)
-    assert_same(
-        jvp(OPS[op](se_ext), tuple(args), tuple(tangents)), jvp(OPS[op](reference), tuple(args), tuple(tangents))
-    )
+    assert_same(pull(cotangent), reference_pull(cotangent))
+    assert_same(jvp(ours, given, tangents), jvp(formula, given, tangents))
+
+
+@transformed
+def test_vmap_of_grad(case: OpCase) -> None:
+    """Per-sample gradients."""
+    arguments, names = problem(case)
+    first, *rest = names
+    stack = torch.stack([problem(case)[0][first] for _ in range(B)])
+    given = [arguments[name] for name in rest]
+
+    def each(exact: bool) -> Callable:
+        f = through(case, arguments, names, exact)
+        return grad(lambda *t: f(*t).square().sum(), argnums=tuple(range(len(names))))
+
+    ours = vmap(each(False), in_dims=(0, *[None] * len(rest)))(stack, *given)
+    loop = [each(True)(t, *given) for t in stack]
+    assert_same(ours, tuple(torch.stack(gradients) for gradients in zip(*loop, strict=True)))
 
 
 def test_linearize() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from helpers import ACTIVATIONS, DTYPES, GATES, assert_same_bits, make_map, make_weights, thread_counts
+from helpers import ACTIVATIONS, DTYPES, GATES, assert_same_bits, make_weights, thread_counts
+from ops import BY_NAME, PAIRS, ROWS, OpCase, Options, cases, layouts
+from torch import Tensor
 
 import se_ext
 from se_ext import _C
@@ -23,85 +27,92 @@ SHAPES = [
 ]
 
 
-def block(x, weights, residual, post, grad):
-    """[y, and the gradient of every tensor]."""
-    tensors = [t.detach().requires_grad_() for t in (x, *weights, *([] if residual is None else [residual]))]
-    y = se_ext.squeeze_excite(*tensors[:5], residual=tensors[5] if residual is not None else None, post_activation=post)
-    return [y, *torch.autograd.grad(y, tensors, grad)]
-
-
-def parts(x, weights, residual, post, grad):
-    """The same of squeeze, excite and rescale one by one."""
-    tensors = [t.detach().requires_grad_() for t in (x, *weights)]
-    z = se_ext.squeeze(tensors[0])
-    s = se_ext.excite(z, *tensors[1:])
-    y = se_ext.rescale(tensors[0], s, residual, post)
-    return [z, s, y, *torch.autograd.grad(y, [s, z, *tensors], grad)]
+def ends(case: OpCase, turn: int) -> list[dict[str, Any]]:
+    """Options of the two ends of a block, of those that differ in what the op takes: the pairs of activations that
+    kernels are compiled for take turns."""
+    if "pre_activation" in case.names:
+        pairs = [PAIRS[(2 * turn + i) % len(PAIRS)] for i in range(2)]
+        return [
+            {"pre_activation": pre, "post_activation": post, "batch_statistics": (turn + i) % 4 < 2}
+            for i, (pre, post) in enumerate(pairs)
+        ]
+    if "post_activation" in case.names:
+        return [{"post_activation": "relu"}, {"post_activation": "silu", "residual": False}]
+    return [{"activation": activation} for activation in ("identity", "relu", "silu")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels_last", [False, True])
+@layouts
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_bits_for_any_number_of_threads(dtype, channels_last, shape, restore_threads):
-    x, residual, grad = (make_map(shape, dtype, channels_last) for _ in range(3))
-    weights = make_weights(shape[1], shape[1] // 8, dtype)
-    for function, r, post in ((block, residual, "relu"), (block, None, "silu"), (parts, residual, "relu")):
+@cases(lambda case: case.differentiable and not case.writes)
+def test_same_bits_for_any_number_of_threads(case, shape, channels_last, dtype, restore_threads):
+    """Outputs, the batch's statistics and gradients."""
+    turn = SHAPES.index(shape) + DTYPES.index(dtype) + channels_last
+    for end in ends(case, turn):
+        options = Options(shape, shape[1] // 8, dtype, None, channels_last, requires_grad=True, **end)
+        arguments = case.make(options)
         torch.set_num_threads(1)
-        expected = function(x, weights, r, post, grad)
-        for threads in thread_counts(*THREADS):
+        grad = torch.randn_like(case.run(arguments)[0])
+        expected = case.step(arguments, grad)
+        for threads in thread_counts(*THREADS, THREADS[-1]):
             torch.set_num_threads(threads)
-            for run in range(2):
-                actual = function(x, weights, r, post, grad)
-                assert_same_bits(actual, expected, f"{function.__name__}, {threads} threads, run {run}")
+            assert_same_bits(case.step(arguments, grad), expected, f"{end}, {threads} threads")
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_same_bits_in_place(channels_last, restore_threads):
+@layouts
+@cases(lambda case: case.writes == ("input",))
+def test_same_bits_in_place(case, channels_last, restore_threads):
     """In place, out of place, under no_grad and while a graph is recorded: one result."""
+    functional = BY_NAME[case.name.removesuffix("_")]
     for shape in SHAPES:
-        x = make_map(shape, channels_last=channels_last)
-        weights = make_weights(shape[1], shape[1] // 8)
+        options = Options(shape, shape[1] // 8, channels_last=channels_last, residual=False, post_activation="gelu")
+        arguments = case.make(options)
         torch.set_num_threads(1)
-        expected = se_ext.squeeze_excite(x, *weights, post_activation="gelu")
-        recorded = se_ext.squeeze_excite(x.clone().requires_grad_(), *weights, post_activation="gelu")
-        assert_same_bits([recorded], [expected], "recorded")
+        expected = functional.run(arguments)
+        recorded = functional.run(arguments | {"input": arguments["input"].clone().requires_grad_()})
+        assert_same_bits(recorded, expected, "recorded")
         for threads in thread_counts(*THREADS):
             torch.set_num_threads(threads)
-            y = se_ext.squeeze_excite(x.clone(), *weights, post_activation="gelu", inplace=True)
-            assert_same_bits([y], [expected], f"in place, {threads} threads")
+            found = case.run(arguments | {"input": arguments["input"].clone()})
+            assert_same_bits(found, expected, f"in place, {threads} threads")
+
+
+@layouts
+@cases(lambda case: "running_mean" in case.writes)
+def test_same_running_statistics_for_any_number_of_threads(case, channels_last, restore_threads):
+    results = []
+    for threads in thread_counts(1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        results.append(case.run(case.make(Options((7, 40, 14, 14), channels_last=channels_last))))
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels_last", [False, True])
+@layouts
 @pytest.mark.parametrize(("spatial", "hidden"), [((5, 7), 13), ((5, 7), 40), ((56, 56), 13)], ids=str)
-def test_a_sample_does_not_feel_its_batch(dtype, channels_last, spatial, hidden, restore_threads):
-    """y of every sample in batches of 1 to 9, at every position, is y of that sample alone. The excitation has one
-    kernel for narrow squeezes and one for others."""
-    c = 71
-    x, residual = (make_map((9, c, *spatial), dtype, channels_last) for _ in range(2))
-    weights = make_weights(c, hidden, dtype)
+@cases(lambda case: case.differentiable and not case.writes)
+def test_a_sample_does_not_feel_its_batch(case, spatial, hidden, channels_last, dtype, restore_threads):
+    """The result of every sample in batches of 1 to 9, at every position, is that of the sample alone. The excitation
+    has one kernel for narrow squeezes and one for others."""
+    turn = hidden + DTYPES.index(dtype) + channels_last
+    for end in ends(case, turn):
+        names = {"activation": "silu", "gate": "hardsigmoid"} | end | {"batch_statistics": False}
+        arguments = case.make(Options((9, 71, *spatial), hidden, dtype, None, channels_last, **names))
 
-    def run(first: int, last: int) -> list[torch.Tensor]:
-        batch = x[first:last]
-        z = se_ext.squeeze(batch)
-        s = se_ext.excite(z, *weights, "silu", "hardsigmoid")
-        y = se_ext.rescale(batch, s, residual[first:last], "tanh")
-        block = se_ext.squeeze_excite(batch, *weights, residual=residual[first:last], post_activation="relu")
-        return [z, s, y, block]
+        def run(first: int, last: int, arguments: dict[str, Any] = arguments) -> Tensor:
+            rows = {k: t[first:last] for k, t in arguments.items() if k in ROWS and t is not None}
+            return case.run(arguments | rows)[0]
 
-    torch.set_num_threads(1)
-    alone = [run(n, n + 1) for n in range(9)]
-    for threads in thread_counts(1, 2, 4):
-        torch.set_num_threads(threads)
-        for size in range(1, 10):
-            first = 9 - size if size % 2 else 0
-            batch = run(first, first + size)
-            for n in range(size):
-                assert_same_bits(
-                    [t[n : n + 1] for t in batch],
-                    alone[first + n],
-                    f"sample {n} of {size}, {threads} threads",
-                )
+        torch.set_num_threads(1)
+        alone = [run(n, n + 1) for n in range(9)]
+        for threads in thread_counts(1, 2, 4):
+            torch.set_num_threads(threads)
+            for size in range(1, 10):
+                first = 9 - size if size % 2 else 0
+                batch = run(first, first + size)
+                assert_same_bits(batch.split(1), alone[first : first + size], f"{end}, of {size}, {threads} threads")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,3 +161,20 @@ def test_a_large_map_gives_what_its_samples_give(dtype, channels_last, offset):
         y1 = se_ext.squeeze_excite(one, *weights, post_activation="relu")
         (g1,) = torch.autograd.grad(y1, one, g[i : i + 1])
         assert_same_bits([y[i], gx[i]], [y1[0], g1[0]], f"sample {i}")
+
+
+@pytest.mark.large
+@layouts
+@pytest.mark.parametrize("shape", [(8, 256, 56, 56), (8, 128, 55, 57)], ids=str)
+def test_gradients_written_past_the_caches(shape, channels_last):
+    """Of maps that exceed the last cache together, bit for bit those of one sample, which does not."""
+    case = BY_NAME["bn_squeeze_excite"]
+    arguments = case.make(Options(shape, 6, channels_last=channels_last, batch_statistics=False, drop_scale=False))
+    grad = torch.randn_like(arguments["input"])
+
+    def gradients(samples: slice) -> tuple[Tensor, ...]:
+        leaves = {k: arguments[k][samples].detach().requires_grad_() for k in ("input", "residual")}
+        return torch.autograd.grad(case.run(arguments | leaves)[0], list(leaves.values()), grad[samples])
+
+    whole = [t[5:6] for t in gradients(slice(None))]
+    assert_same_bits(whole, gradients(slice(5, 6)))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, assert_close, check_against_float64, make_map, make_weights, memory_format
+from helpers import DTYPES, assert_close, assert_same_bits, check_against_float64, make_map, make_weights, memory_format
+from ops import BY_NAME, PAIRS, OpCase, Options, cases, differentiable, layouts
+from torch import Tensor
 
 import se_ext
 from se_ext import reference
@@ -37,6 +42,14 @@ def in_nans(t: torch.Tensor, offset: int, margin: int = 64) -> tuple[torch.Tenso
     view = buffer[margin + offset :][: t.numel()].as_strided(t.shape, t.stride(), margin + offset)
     view.copy_(t)
     return view, buffer
+
+
+def relocated(arguments: dict[str, Any], place: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The same values in other memory."""
+    return {
+        k: place(t.detach()).requires_grad_(t.requires_grad) if isinstance(t, Tensor) and t.is_floating_point() else t
+        for k, t in arguments.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,25 +97,50 @@ def test_slabs_of_many_tiles(shape, channels_last):
     check_block(x, residual)
 
 
+@layouts
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 5, 9), (4, 24, 7, 7), (2, 19, 5, 6), (3, 72, 14, 14), (2, 9, 3, 4, 5), (6, 40, 1, 1), (1, 8, 4, 4)],
+    ids=str,
+)
+@cases(lambda case: case.has_map and case.differentiable and not case.writes)
+def test_every_op_of_every_shape(case: OpCase, shape: tuple[int, ...], channels_last: bool) -> None:
+    """With each pair of activations, before and after the block, that kernels are compiled for."""
+    for pre, post in PAIRS if "pre_activation" in case.names else [("", "identity"), ("", "relu"), ("", "silu")]:
+        for batch_statistics in (False, True) if "batch_statistics" in case.names else (False,):
+            options = Options(
+                shape,
+                6,
+                channels_last=channels_last,
+                activation=post,
+                pre_activation=pre,
+                post_activation=post,
+                batch_statistics=batch_statistics,
+                requires_grad=True,
+            )
+            case.check(options)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True], ids=["", "batch"])
+@pytest.mark.parametrize("shape", [(0, 6, 4, 4), (2, 6, 0, 4)], ids=["no samples", "no points"])
 @pytest.mark.parametrize("hidden", [1, 5])
-def test_no_samples(hidden):
-    """N = 0: an empty result, weight gradients of zero."""
-    x = torch.empty(0, 6, 4, 4, requires_grad=True)
-    weights = make_weights(6, hidden, requires_grad=True)
-    y = se_ext.squeeze_excite(x, *weights, residual=torch.empty(0, 6, 4, 4), post_activation="relu")
-    assert y.shape == x.shape
+@cases(differentiable)
+def test_empty_maps(case: OpCase, hidden: int, shape: tuple[int, ...], batch_statistics: bool) -> None:
+    """Empty results and gradients; running statistics stay. A gradient that is a sum over nothing is zero (but behind
+    a batch norm of nothing, whose statistics are NaN, and of the weights behind a mean of no points)."""
+    options = Options(shape, hidden, gate="hardsigmoid", batch_statistics=batch_statistics, requires_grad=True)
+    arguments = case.make(options)
+    before = {name: arguments[name].clone() for name in case.writes}
+    y = case.run(arguments)[0]
+    assert y.shape == (shape if case.has_map and case.name != "squeeze" else shape[:2])
     y.sum().backward()
-    assert x.grad.shape == x.shape
-    for w in weights:
-        assert torch.equal(w.grad, torch.zeros_like(w))
-    assert se_ext.squeeze(x).shape == (0, 6)
-    z = torch.empty(0, 6, requires_grad=True)
-    excited = se_ext.excite(z, *weights)
-    assert excited.shape == (0, 6)
-    for g, w in zip(torch.autograd.grad(excited.sum(), weights), weights, strict=True):
-        assert torch.equal(g, torch.zeros_like(w))
-    scale = torch.empty(0, 6, requires_grad=True)
-    assert se_ext.rescale(x, scale).shape == x.shape
+    for name, leaf in case.leaves(arguments).items():
+        assert leaf.grad.shape == leaf.shape, name
+        is_sum_over_nothing = shape[0] == 0 or name not in ("z", "w1", "b1", "w2", "b2")
+        if is_sum_over_nothing and not (batch_statistics and case.name.startswith(("bn", "_bn"))):
+            assert case.name == "excite" or leaf.grad.count_nonzero() == 0, name
+    for name, value in before.items():
+        assert name == "num_batches_tracked" or torch.equal(arguments[name], value), name
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 0), (2, 3, 4, 0), (2, 3, 0, 4, 2)], ids=str)
@@ -133,21 +171,21 @@ def test_no_points(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_misaligned(dtype, channels_last):
-    """Maps, residual and weights at odd offsets in NaN-filled buffers: nothing beyond them is read."""
-    for offset in (1, 2, 3):
-        for shape in ((2, 19, 5, 7), (3, 33, 1, 31), (2, 8, 7, 7)):
-            c, hidden = shape[1], 5
-            x, residual = (
-                in_nans(make_map(shape, dtype, channels_last), k)[0].requires_grad_() for k in (offset, offset + 1)
-            )
-            weights = [in_nans(w, offset)[0].requires_grad_() for w in make_weights(c, hidden, dtype)]
-            assert x.storage_offset() % 2 == offset % 2
-            grad = in_nans(make_map(shape, dtype, channels_last), offset + 2)[0]
-            check_block(x, residual, "silu", hidden, grad, weights)
-            check_block(x, residual, "relu", hidden, grad, weights)
-            check_against_float64(se_ext.squeeze, reference.squeeze, [x], (x[0, 0].numel(), 1))
+@layouts
+@cases()
+def test_misaligned(case: OpCase, channels_last: bool, dtype: torch.dtype) -> None:
+    """Every tensor at an odd offset in a buffer of NaNs: the same bits, so nothing beyond it is read."""
+    for shape in ((2, 19, 5, 7), (3, 33, 1, 31), (2, 8, 7, 7)):
+        for post in ("silu", "relu"):
+            options = Options(shape, 5, dtype, None, channels_last, activation=post, post_activation=post)
+            arguments = case.make(replace(options, requires_grad=True))
+            grad = torch.randn_like(case.run(case.make(options))[0]) if case.differentiable else None
+            expected = case.step(relocated(arguments, torch.clone), grad)
+            for offset in (1, 2, 3):
+                offsets = cycle((offset, offset + 1))
+                moved = relocated(arguments, lambda t, offsets=offsets: in_nans(t, next(offsets))[0])
+                found = case.step(moved, None if grad is None else in_nans(grad, offset + 2)[0])
+                assert_same_bits(found, expected, f"{shape}, {post}, offset {offset}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,24 +244,45 @@ def test_strides(x, grad):
         )
 
 
+# The same of a matrix [3, 6]: one per sample and channel.
+STRIDED_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "every second column": lambda t: torch.stack([t, t], 2).flatten(1)[:, ::2],
+    "contiguous": lambda t: t,
+}
+
+
 @pytest.mark.parametrize("name", STRIDED)
-def test_strides_of_each_op(name):
-    x = STRIDED[name]().detach().requires_grad_()
-    for grad in (torch.ones(()).expand(3, 6), torch.randn(6, 3).t(), torch.randn(3, 12)[:, ::2]):
-        check_against_float64(se_ext.squeeze, reference.squeeze, [x], (20, 1), grad)
-    scales = [torch.randn(6, 3).t(), torch.randn(3, 1).expand(3, 6), torch.randn(3, 12)[:, ::2], torch.randn(3, 6)]
-    for scale in scales:
-        check_against_float64(
-            partial(se_ext.rescale, post_activation="silu"),
-            partial(reference.rescale, post_activation="silu"),
-            [x, scale.detach().requires_grad_(), STRIDED[name]().detach().requires_grad_()],
-            (1, 20),
-            torch.ones(()).expand(x.shape),
-        )
-    for grad in (torch.ones(()).expand(3, 6), torch.randn(6, 3).t()):
-        z = torch.randn(6, 3).t().requires_grad_()
-        tensors = [z, *make_weights(6, 16, requires_grad=True)]
-        check_against_float64(se_ext.excite, reference.excite, tensors, (6 + 16, 3 * (6 + 16)), grad)
+@cases()
+def test_strides_of_each_op(case: OpCase, name: str) -> None:
+    """Maps of these strides, each of another kind than the one before; strided matrices, vectors and weights."""
+    if case.writes == ("input",) and name in EXPANDED:
+        return  # refused: test_errors.py
+    for rows in STRIDED_ROWS.values():
+        kinds = cycle(list(STRIDED)[list(STRIDED).index(name) :] + list(STRIDED)[: list(STRIDED).index(name)])
+        options = Options((3, 6, 5, 4), 16, activation="silu", post_activation="silu", requires_grad=True)
+        if name in EXPANDED:  # a channel of one value has no variance
+            options = replace(options, batch_statistics=False)
+        arguments = case.make(replace(options, maps=lambda kinds=kinds: STRIDED[next(kinds)]()))
+        for key, t in arguments.items():
+            if isinstance(t, Tensor) and t.dim() == 2 and key not in case.writes:
+                arguments[key] = rows(t.detach()).requires_grad_(t.requires_grad)
+            elif isinstance(t, Tensor) and t.dim() == 1 and key not in case.writes:
+                arguments[key] = torch.stack([t.detach(), t.detach()], 1)[:, 0].requires_grad_(t.requires_grad)
+        y = case.run(case.make(options))[0]
+        grads: list[Any] = [None]
+        if case.differentiable:
+            grads = [torch.ones(()).expand(y.shape), STRIDED_ROWS["transposed"](y.detach()) if y.dim() == 2 else None]
+        for grad in grads:
+            case.check(options, arguments, grad)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_expanded_scales(size: int) -> None:
+    """One scale for all channels, or for all samples."""
+    for scale in (torch.randn(3, 1).expand(3, 6), torch.randn(1, 6).expand(3, 6)):
+        case, options = BY_NAME["rescale"], Options((3, 6, 5, size), requires_grad=True)
+        case.check(options, case.make(options) | {"scale": scale.detach().requires_grad_()})
 
 
 @pytest.mark.parametrize(
@@ -294,6 +353,7 @@ def test_output_keeps_the_memory_format(shape, channels_last):
     residual = make_map(shape, channels_last=not channels_last)
     weights = make_weights(shape[1], M)
     scale = torch.randn(shape[:2])
+    options = Options(shape, M)
     for r in (None, residual):
         assert se_ext.squeeze_excite(x, *weights, residual=r).stride() == x.stride()
         assert se_ext.rescale(x, scale, r).stride() == x.stride()
@@ -302,6 +362,11 @@ def test_output_keeps_the_memory_format(shape, channels_last):
         check_block(x, r, "relu", weights=weights)
     y = se_ext.squeeze_excite(x, *weights)
     assert torch.autograd.grad(y, x, torch.randn_like(y))[0].stride() == x.stride()
+    for case in BY_NAME.values():
+        if case.has_map and x[:, 0].numel() > 1:
+            arguments = case.make(replace(options, maps=lambda: torch.empty_like(x).copy_(make_map(shape)).detach()))
+            maps = [t for t in case.run(arguments) if t is not None and t.shape == x.shape]
+            assert all(t.stride() == x.stride() for t in maps), case
 
 
 def test_sliced_input_gives_the_format_it_came_from():

@@ -21,23 +21,11 @@ from helpers import (
     make_weights,
     tolerance,
 )
-from ops import BY_NAME, CASES, WEIGHTS_AND_DTYPES, OpCase, Options, cases, differentiable, in_float64
+from ops import BY_NAME, CASES, PAIRS, WEIGHTS_AND_DTYPES, OpCase, Options, cases, differentiable, in_float64
 from torch import Tensor
 
 import se_ext
 from se_ext import reference
-
-# Pairs of activations before and after the block: those that kernels are compiled for, and one that takes the switch.
-PAIRS = [
-    ("identity", "identity"),
-    ("identity", "relu"),
-    ("identity", "silu"),
-    ("relu", "identity"),
-    ("silu", "identity"),
-    ("hardswish", "identity"),
-    ("gelu", "tanh"),
-]
-
 
 # ---- every op ----
 
