@@ -37,6 +37,11 @@ CPU = torch.device("cpu")
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 # The kinds of tensors that bad input is tried with.
 MODES = ("real", "fake", "meta")
+# What the in-place ops say of a residual that shares a part of its memory with input.
+PARTIAL_OVERLAP = (
+    "expected residual to be apart from input or the same tensor (the op writes into input), got one that overlaps "
+    "it in part"
+)
 # A device that we have no kernels for: its dispatch key, under which CPU tensors are redispatched.
 OTHER_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
 RANDOM = ("rand", "randn", "randint", "rand_like", "randn_like")

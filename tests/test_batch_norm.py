@@ -1,182 +1,31 @@
-"""bn_squeeze_excite against the formula in float64: values, gradients, running statistics, second derivatives."""
+"""Batch norms in modules: alone with an activation, and before a block. Statistics, counts and outputs are torch's;
+compiled, exported and scripted they are eager's."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from typing import Any
+import io
+from typing import Optional
 
 import pytest
 import torch
-from helpers import (
-    ACTIVATIONS,
-    DTYPES,
-    HALF,
-    Watch,
-    assert_close,
-    assert_moved_alike,
-    check_against_float64,
-    make_map,
-    make_weights,
-)
+import torch.nn.functional as F
+from helpers import HALF, Watch, assert_moved_alike, make_map, make_weights
 from torch import Tensor, nn
 
 import se_ext
-from se_ext import reference
+from se_ext._fusion import batch_norm
 
-SHAPES = [(3, 5, 9), (4, 24, 7, 7), (2, 19, 5, 6), (3, 72, 14, 14), (2, 9, 3, 4, 5), (6, 40, 1, 1), (1, 8, 4, 4)]
-HIDDEN = 6
-# What is compiled in for itself, and one pair that goes through the switch.
-PAIRS = [
-    ("identity", "identity"),
-    ("identity", "relu"),
-    ("identity", "silu"),
-    ("relu", "identity"),
-    ("silu", "identity"),
-    ("hardswish", "identity"),
-    ("gelu", "tanh"),
-]
+# ruff: noqa: UP045
+C, M = 16, 4
+TAILS = {
+    "SE-ResNet": {"post_activation": nn.ReLU},
+    "EfficientNet": {"pre_activation": nn.SiLU},
+}
+modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 
-def make_case(
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    residual: bool = True,
-    affine: bool = True,
-    requires_grad: bool = True,
-    weight_dtype: torch.dtype | None = None,
-) -> list[Tensor | None]:
-    """input, bn_weight, bn_bias, w1, b1, w2, b2, residual"""
-    weight_dtype = weight_dtype or dtype
-    channels = shape[1]
-
-    def vector(center: float) -> Tensor | None:
-        drawn = center + torch.rand(channels, dtype=torch.float64) - 0.5
-        return drawn.to(weight_dtype).requires_grad_(requires_grad) if affine else None
-
-    x, shortcut = (make_map(shape, dtype, channels_last, requires_grad) for _ in range(2))
-    weights = make_weights(channels, HIDDEN, weight_dtype, requires_grad=requires_grad)
-    return [x, vector(1.0), vector(0.0), *weights, shortcut if residual else None]
-
-
-def statistics(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.randn(channels, dtype=torch.float64).to(dtype), (0.5 + torch.rand(channels)).to(dtype)
-
-
-def apply(module: Any, tensors: tuple[Tensor | None, ...], **options: Any) -> Tensor:
-    x, weight, bias, w1, b1, w2, b2, residual = tensors
-    mean, var = options.pop("statistics", (None, None))
-    if mean is not None and module is reference:
-        mean, var = mean.double(), var.double()
-    if module is reference and options.get("drop_scale") is not None:
-        options["drop_scale"] = options["drop_scale"].double()
-    return module.bn_squeeze_excite(
-        x, weight, bias, mean, var, w1, b1, w2, b2, residual=residual, **{"training": True, **options}
-    )
-
-
-def check(tensors: list[Tensor | None], **options: Any) -> None:
-    x = tensors[0]
-    batch, channels = x.shape[:2]
-    values = batch * x[0, 0].numel()
-    check_against_float64(
-        lambda *t: apply(se_ext, t, **options),
-        lambda *t: apply(reference, t, **options),
-        tensors,
-        # A channel has N P values, forward and backward; a weight's gradient has N terms, each a sum over C.
-        summed=(values + channels, values + batch * channels),
-    )
-
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_of_every_shape(pair, shape, channels_last):
-    pre, post = pair
-    check(make_case(shape, channels_last=channels_last), pre_activation=pre, post_activation=post)
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize(("pre", "post"), itertools.product(ACTIVATIONS, ACTIVATIONS))
-def test_every_pair_of_activations(pre, post, residual, training):
-    options = {} if training else {"statistics": statistics(10, torch.float64)}
-    check(
-        make_case((3, 10, 5, 7), torch.float64, residual=residual),
-        training=training,
-        pre_activation=pre,
-        post_activation=post,
-        drop_scale=torch.tensor([0.0, 1.25, 1.25], dtype=torch.float64),
-        **options,
-    )
-
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("float_weights", [False, True], ids=["", "float32 weights"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_every_dtype(training, pair, dtype, float_weights, channels_last):
-    weight_dtype = torch.float32 if float_weights and dtype in HALF else dtype
-    options = {} if training else {"statistics": statistics(24, weight_dtype)}
-    tensors = make_case((4, 24, 7, 7), dtype, channels_last, weight_dtype=weight_dtype)
-    check(tensors, training=training, pre_activation=pair[0], post_activation=pair[1], **options)
-
-
-@pytest.mark.parametrize("wanted", range(8))
-def test_every_gradient_by_itself(wanted):
-    tensors = make_case((3, 12, 5, 5), torch.float64, requires_grad=False)
-    tensors[wanted].requires_grad_()
-    for training, (pre, post) in itertools.product([False, True], [("identity", "relu"), ("silu", "identity")]):
-        options = {} if training else {"statistics": statistics(12, torch.float64)}
-        check(tensors, training=training, pre_activation=pre, post_activation=post, **options)
-
-
-@pytest.mark.parametrize("pre", ["identity", "silu"])
-def test_without_affine_parameters_and_biases(pre):
-    tensors = make_case((3, 12, 5, 5), torch.float64, affine=False)
-    tensors[4] = tensors[6] = None
-    check(tensors, pre_activation=pre)
-    check(tensors, pre_activation=pre, training=False, statistics=statistics(12, torch.float64))
-
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("pre", ["identity", "relu", "silu", "hardswish", "tanh"])
-def test_bias_and_activation_before_the_block(pre, channels_last):
-    """What is left of a batch norm that was folded into the convolution."""
-    x, _, bias, *rest = make_case((3, 24, 7, 5), channels_last=channels_last)
-
-    def run(module: Any, x: Tensor, bias: Tensor | None, *rest: Tensor | None) -> Tensor:
-        *weights, residual = rest
-        return module.squeeze_excite(x, *weights, residual=residual, pre_bias=bias, pre_activation=pre)
-
-    for pre_bias in (bias, None):
-        check_against_float64(
-            lambda *t: run(se_ext, *t), lambda *t: run(reference, *t), [x, pre_bias, *rest], summed=(35, 3 * 35 + 24)
-        )
-
-
-def test_in_place_does_not_go_with_a_prologue():
-    x, _, bias, *weights, _ = make_case((2, 8, 3, 3), requires_grad=False)
-    with pytest.raises(ValueError, match="squeeze_excite: expected inplace=False with a pre_bias or a pre_activation"):
-        se_ext.squeeze_excite(x, *weights, inplace=True, pre_bias=bias)
-
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("shape", [(8, 16, 56, 56), (4, 24, 7, 7)], ids=str)
-def test_variance_around_a_large_mean(shape, channels_last):
-    """Mean 1e4, standard deviation 1: the raw E[x²] - E[x]² would lose every digit in float32."""
-    x = (1e4 + torch.randn(shape)).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
-    weights = make_weights(shape[1], HIDDEN)
-    mean, var = torch.zeros(shape[1]), torch.zeros(shape[1])
-    se_ext.bn_squeeze_excite(x, None, None, mean, var, *weights, training=True, momentum=1.0)
-    exact = x.double()
-    assert torch.allclose(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6)
-    error = (var.double() / exact.var((0, 2, 3)) - 1).abs().max().item()
-    assert error < 1e-3, error
+# ---- running statistics ----
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.3}, {"momentum": None}, {"affine": False}], ids=str)
@@ -244,6 +93,9 @@ def test_without_running_statistics_the_batch_s_are_used_in_evaluation_too():
     assert {key for key in tail.state_dict() if key.startswith("bn")} == {"bn.weight", "bn.bias"}
 
 
+# ---- in the place of modules ----
+
+
 @pytest.mark.parametrize("pre", [None, nn.SiLU])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_the_module_is_its_parts(training, pre):
@@ -284,130 +136,151 @@ def test_any_other_normalisation_is_called():
     assert torch.allclose(tail.bn.running_var, fused.bn.running_var)
 
 
-def test_dropped_samples_are_their_shortcut():
-    x, weight, bias, *weights, residual = make_case((4, 12, 5, 5), requires_grad=False)
-    drop_scale = torch.tensor([0.0, 2.0, 0.0, 2.0])
-    y = se_ext.bn_squeeze_excite(
-        x, weight, bias, None, None, *weights, training=True, residual=residual, drop_scale=drop_scale
-    )
-    assert torch.equal(y[::2], residual[::2])
-    assert not torch.allclose(y[1::2], residual[1::2])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
+)
+@pytest.mark.parametrize("activation", [None, nn.ReLU(inplace=True)], ids=["", "relu"])
+def test_it_is_the_modules_it_stands_for(activation, options):
+    ours = nn.BatchNorm2d(12, **options).double()
+    theirs = copy.deepcopy(ours)
+    for step in range(6):
+        for bn in (ours, theirs):
+            bn.train(step < 3)
+        x = make_map((4, 12, 5, 6), torch.float64) * (1 + step)
+        expected = theirs(x)
+        expected = expected if activation is None else torch.relu(expected)
+        assert torch.allclose(batch_norm(ours, activation, x), expected, rtol=1e-12, atol=1e-12)
+        for (name, found), exact in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+            if name == "num_batches_tracked":
+                assert int(found) == int(exact) == min(step + 1, 3)
+            else:
+                assert torch.allclose(found, exact, rtol=1e-12, atol=1e-12), name
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("pair", [*PAIRS, ("tanh", "relu")], ids="-".join)
-def test_second_derivatives(pair, residual, training):
-    tensors = make_case((2, 3, 2, 3), torch.float64, residual=residual)
-    given = [t for t in tensors if t is not None]
-    options = {} if training else {"statistics": statistics(3, torch.float64)}
+def test_any_other_module_is_called():
+    called: list[str] = []
 
-    def run(*present: Tensor) -> Tensor:
-        rest = iter(present)
-        filled = tuple(None if t is None else next(rest) for t in tensors)
-        return apply(se_ext, filled, training=training, pre_activation=pair[0], post_activation=pair[1], **options)
+    class Norm(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            called.append("norm")
+            return super().forward(input)
 
-    assert torch.autograd.gradcheck(run, given)
-    assert torch.autograd.gradgradcheck(run, given)
+    class Activation(nn.ReLU):
+        def forward(self, input: Tensor) -> Tensor:
+            called.append("activation")
+            return super().forward(input)
 
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_bitwise_the_same_for_any_number_of_threads(pair, channels_last, restore_threads):
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        torch.manual_seed(0)
-        tensors = make_case((7, 40, 14, 14), channels_last=channels_last)
-        mean, var = torch.zeros(40), torch.ones(40)
-        y = apply(se_ext, tuple(tensors), statistics=(mean, var), pre_activation=pair[0], post_activation=pair[1])
-        results.append([y.detach(), mean, var, *torch.autograd.grad(y, tensors, torch.randn_like(y))])
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    x = make_map((4, C, 5, 5))
+    expected = batch_norm(nn.BatchNorm2d(C), nn.ReLU(), x)
+    for bn, activation in ((Norm, nn.ReLU), (nn.BatchNorm2d, Activation), (Norm, Activation)):
+        assert torch.allclose(batch_norm(bn(C), activation(), x), expected, atol=1e-5)
+    assert called == ["norm", "activation", "norm", "activation"]
+    assert torch.allclose(batch_norm(nn.BatchNorm2d(C), nn.SiLU(), x), F.silu(nn.BatchNorm2d(C)(x)), atol=1e-5)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_in_evaluation_a_sample_does_not_depend_on_its_batch(pair, channels_last):
-    tensors = make_case((9, 40, 7, 7), channels_last=channels_last, requires_grad=False)
-    given = statistics(40, torch.float32)
-
-    def run(tensors: list[Tensor | None]) -> Tensor:
-        names = {"pre_activation": pair[0], "post_activation": pair[1]}
-        return apply(se_ext, tuple(tensors), training=False, statistics=given, **names)
-
-    whole = run(tensors)
-    for n in range(9):
-        one = [t[n : n + 1] if t is not None and t.shape[0] == 9 else t for t in tensors]
-        assert torch.equal(run(one), whole[n : n + 1])
+# ---- torch.compile, torch.export, TorchScript, torch.func ----
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)], ids=str)
-def test_empty_maps(shape):
-    mean, var = torch.zeros(8), torch.ones(8)
-    tensors = make_case(shape)
-    y = apply(se_ext, tuple(tensors), statistics=(mean, var))
-    assert y.shape == shape
-    y.sum().backward()
-    assert tensors[0].grad.shape == shape
-    assert torch.equal(mean, torch.zeros(8))
-    assert torch.equal(var, torch.ones(8))
+class NormAndActivation(nn.Module):
+    """As the networks of se_ext.models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(C), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return batch_norm(self.bn, self.act, x)
 
 
-def test_strided_and_misaligned_inputs():
-    x, weight, bias, *weights, residual = make_case((3, 12, 5, 8), torch.float64, requires_grad=False)
-    shifted = torch.empty(x.numel() + 1, dtype=torch.float64)[1:].view(x.shape).copy_(x)
-    for strange in (x.transpose(2, 3).contiguous().transpose(2, 3), x[:1].expand(3, -1, -1, -1), shifted):
-        check([strange, weight, bias, *weights, residual], post_activation="relu")
+@pytest.fixture(params=[*TAILS, "norm and activation"])
+def module(request) -> nn.Module:
+    alone = request.param not in TAILS
+    made = NormAndActivation() if alone else se_ext.BatchNormSqueezeExcitation(C, M, **TAILS[request.param])
+    nn.init.uniform_(made.bn.weight, 0.5, 1.0)
+    nn.init.normal_(made.bn.bias)
+    return made
 
 
-def test_infinity_and_nan_stay_in_their_channel():
-    x, weight, bias, *weights, _ = make_case((2, 6, 4, 4), requires_grad=False)
-    x[0, 1, 0, 0], x[1, 4, 2, 2] = torch.inf, torch.nan
-    _, mean, var = torch.ops.se_ext.bn_squeeze_excite(x, weight, bias, *weights, True)
-    healthy = [0, 2, 3, 5]
-    assert torch.allclose(mean[healthy], x.mean((0, 2, 3))[healthy], atol=1e-6)
-    assert torch.isfinite(var).tolist() == [i in healthy for i in range(6)]
+def arguments(module: nn.Module, shape: tuple[int, ...] = (4, C, 9, 7)) -> list[Tensor]:
+    """The map; where the module ends in a ReLU, the shortcut too."""
+    count = 2 if getattr(module, "post_activation", None) == "relu" else 1
+    return [make_map(shape, requires_grad=True) for _ in range(count)]
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("shape", [pytest.param((8, 256, 56, 56), marks=pytest.mark.large), (4, 2048, 7, 7)], ids=str)
-def test_against_float64_on_real_shapes(shape, channels_last):
-    tensors = make_case(shape, channels_last=channels_last, requires_grad=False)
-    y = apply(se_ext, tuple(tensors), post_activation="relu")
-    exact = apply(reference, tuple(t.double() for t in tensors), post_activation="relu")
-    assert_close(y, exact, torch.float32, shape[0] * shape[2] * shape[3])
+@modes
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_is_one_graph(module, training, dynamic):
+    """With eager's results, to the bit; the running statistics, which eager updates in a loop of its own and the graph
+    by ATen's operators, to a rounding."""
+    module.train(training)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for shape in ((4, C, 9, 7), (6, C, 5, 8)) if dynamic else ((4, C, 9, 7),):
+        given = arguments(module, shape)
+        found = []
+        for form in (module, compiled):
+            module.load_state_dict(state)
+            y = form(*given)
+            grads = torch.autograd.grad(y.square().sum(), [*given, *module.parameters()])
+            found.append(([y.detach(), *grads], {name: b.clone() for name, b in module.named_buffers()}))
+        (eager, eager_buffers), (graph, graph_buffers) = found
+        assert all(map(torch.equal, eager, graph))
+        for name, ours in eager_buffers.items():
+            assert_moved_alike(state[name], ours, graph_buffers[name])
 
 
-@pytest.mark.parametrize("pre", ["identity", "silu"])
-def test_a_shortcut_s_gradient_without_an_activation(pre):
-    """Autograd hands the gradient itself on and never asks for it; the op gives it all the same."""
-    x, weight, bias, *w, shortcut = make_case((3, 8, 5, 4), requires_grad=False)
-    names = (pre, "relu", "sigmoid")
-    _, mean, _, *small = torch.ops.se_ext._bn_squeeze_excite_forward(
-        x, weight, bias, *w, True, 1e-5, *names, shortcut, "identity", None
-    )
-    grad = torch.randn_like(x)
-    given = (grad, x, weight, bias, *w, mean, *small, None, None, True, 1e-5, *names, "identity")
-    all_but_one = torch.ops.se_ext._bn_squeeze_excite_backward(*given, [True] * 7 + [False])
-    *others, of_shortcut = torch.ops.se_ext._bn_squeeze_excite_backward(*given, [True] * 8)
-    assert torch.equal(of_shortcut, grad)
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(others, all_but_one, strict=False))
+@modes
+def test_export(module, training):
+    module.train(training)
+    given = tuple(t.detach() for t in arguments(module))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, given, dynamic_shapes=tuple({0: batch} for _ in given), strict=True)
+    more = tuple(torch.cat([t, t]) for t in given)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    assert torch.equal(program.module()(*more), module(*more))
+    module.load_state_dict(state)
+    assert sum("se_ext._bn" in str(node.target) for node in program.graph.nodes) == 1
 
 
-@pytest.mark.large
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("shape", [(8, 256, 56, 56), (8, 128, 55, 57)], ids=str)
-def test_gradients_written_past_the_caches(shape, channels_last):
-    """Of maps that exceed the last cache together, bit for bit those of one sample, which does not."""
-    x, *vectors, shortcut = make_case(shape, channels_last=channels_last, requires_grad=False)
-    running, grad = statistics(shape[1], torch.float32), torch.randn_like(x)
+@modes
+@pytest.mark.parametrize("name", TAILS)
+def test_torchscript(name, training):
+    tail = se_ext.BatchNormSqueezeExcitation(C, M, **TAILS[name]).train(training)
+    given = arguments(tail)
+    state = {key: value.clone() for key, value in tail.state_dict().items()}
+    expected = tail(*given)
+    statistics = [b.clone() for b in tail.buffers()]
+    tail.load_state_dict(state)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(tail), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert torch.equal(loaded(*given), expected)
+    assert all(map(torch.equal, loaded.buffers(), statistics))
 
-    def gradients(samples: slice) -> tuple[Tensor, ...]:
-        leaves = [t[samples].detach().requires_grad_() for t in (x, shortcut)]
-        tensors = (leaves[0], *vectors, leaves[1])
-        y = apply(se_ext, tensors, training=False, statistics=running, post_activation="relu")
-        return torch.autograd.grad(y, leaves, grad[samples])
 
-    for found, alone in zip(gradients(slice(None)), gradients(slice(5, 6)), strict=True):
-        assert torch.equal(found[5:6], alone)
+def test_the_function_scripts():
+    def function(x: Tensor, mean: Tensor, var: Tensor, w1: Tensor, w2: Tensor, r: Optional[Tensor]) -> Tensor:
+        y = se_ext.bn_squeeze_excite(x, None, None, mean, var, w1, None, w2, None, training=False, residual=r)
+        return se_ext.squeeze_excite(y, w1, None, w2, None, pre_bias=mean, pre_activation="silu")
+
+    x, (w1, _, w2, _) = make_map((2, C, 5, 5)), make_weights(C, M)
+    given = (x, torch.randn(C), torch.rand(C), w1, w2, x)
+    assert torch.equal(torch.jit.script(function)(*given), function(*given))
+
+
+def test_functional_call_under_torch_func(module):
+    """Gradients with respect to parameters, and vmap, through torch.func.functional_call in evaluation."""
+    module.double().eval()
+    parameters = {key: value.detach() for key, value in module.named_parameters()}
+    buffers = dict(module.named_buffers())
+    given = [t.detach().double() for t in arguments(module)]
+
+    def loss(parameters, *given):
+        return torch.func.functional_call(module, {**parameters, **buffers}, given).square().sum()
+
+    found = torch.func.grad(loss)(parameters, *given)
+    module(*given).square().sum().backward()
+    assert all(torch.allclose(found[key], p.grad, rtol=1e-8, atol=1e-10) for key, p in module.named_parameters())
+    each = torch.func.vmap(lambda *one: loss(parameters, *(t[None] for t in one)))(*given)
+    assert torch.allclose(each.sum(), loss(parameters, *given))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MODES, device, make_map, make_weights, tensors_of
-from test_errors import PARTIAL
+from helpers import MODES, PARTIAL_OVERLAP, device, make_map, make_weights, tensors_of
+from ops import CASES, OpCase, Options
 from torch import Tensor
 
 import se_ext
@@ -26,66 +26,27 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 # ---- what forward saved, given to the backward ops ----
 
-
-def backward_arguments(op: str) -> dict[str, Any]:
-    """Good ones, by name."""
-    weights = {"w1": ones(M, C), "b1": ones(M), "w2": ones(C, M), "b2": ones(C)}
-    small = {"z": ones(N, C), "hidden": ones(N, M), "scale": ones(N, C)}
-    names = {"activation": "relu", "gate": "sigmoid"}
-    maps = {"grad_output": ones(*SHAPE), "input": ones(*SHAPE)}
-    norm = {"mean": ones(C), "inverse": ones(C)}
-    return {
-        "_excite_backward": {"grad_output": ones(N, C), **small, **weights, **names, "mask": [True] * 5},
-        "_rescale_backward": {
-            **maps,
-            "scale": ones(N, C),
-            "saved": ones(*SHAPE),
-            "post_activation": "relu",
-            "mask": [True] * 3,
-        },
-        "_squeeze_excite_backward": {
-            **maps,
-            **weights,
-            **small,
-            **names,
-            "saved": ones(*SHAPE),
-            "post_activation": "relu",
-            "mask": [True] * 6,
-        },
-        "_bn_squeeze_excite_backward": {
-            **maps,
-            **{"bn_weight": ones(C), "bn_bias": ones(C), **weights, **norm, "sample_means": ones(N, C), **small},
-            **{"saved": ones(*SHAPE), "drop_scale": ones(N), "batch_statistics": True, "eps": 1e-5},
-            **{"pre_activation": "identity", **names, "post_activation": "relu", "mask": [True] * 8},
-        },
-        "_bn_activation_backward": {
-            **maps,
-            **{"weight": ones(C), "bias": ones(C), **norm, "batch_statistics": True, "eps": 1e-5},
-            **{"activation": "relu", "mask": [True] * 3},
-        },
-    }[op]
-
-
-SAVED = {
-    "_excite_backward": ("grad_output", "hidden", "scale"),
-    "_rescale_backward": ("grad_output", "saved"),
-    "_squeeze_excite_backward": ("grad_output", "z", "hidden", "scale", "saved"),
-    "_bn_squeeze_excite_backward": ("grad_output", "mean", "inverse", "sample_means", "z", "hidden", "scale", "saved"),
-    "_bn_activation_backward": ("grad_output", "mean", "inverse"),
-}
+# (a backward op, the name of what it is given beside forward's arguments)
+SAVED = [
+    pytest.param(case, name, id=f"{case}-{name}")
+    for case in CASES
+    if case.forward
+    for name in case.names
+    if name in ("grad_output", "saved", *case.forward[1])
+]
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in SAVED.items() for name in names])
-def test_a_saved_tensor_that_does_not_fit(op: str, name: str, mode: str, recorded: bool) -> None:
+@pytest.mark.parametrize(("case", "name"), SAVED)
+def test_a_saved_tensor_that_does_not_fit(case: OpCase, name: str, mode: str, recorded: bool) -> None:
     """Its shape, dtype and device. Recorded, double backward takes the plain formula, which reads none of it."""
-    who = op.removeprefix("_").removesuffix("_backward")
+    who = case.name.removeprefix("_").removesuffix("_backward")
     called = "residual" if name == "saved" else name  # forward's name for the map of that shape
     with tensors_of(mode) as there:
-        good = backward_arguments(op)
+        good = case.make(Options(SHAPE, M))
         good["w1" if "w1" in good else "input"].requires_grad_(recorded)
-        getattr(OPS, op)(**good)
+        case.run(good)
         shape = list(good[name].shape)
         longer = [*shape[:-1], shape[-1] + 1]
         here = good["grad_output" if name != "grad_output" else "w1" if "w1" in good else "input"].device
@@ -99,7 +60,7 @@ def test_a_saved_tensor_that_does_not_fit(op: str, name: str, mode: str, recorde
         bad[elsewhere] = torch.ones(shape, device=there)
         for message, tensor in bad.items():
             with pytest.raises((RuntimeError, TypeError), match=message):
-                getattr(OPS, op)(**good | {name: tensor})
+                case.run(good | {name: tensor})
 
 
 # ---- the in-place ops ----
@@ -130,7 +91,7 @@ def test_a_residual_that_overlaps_the_input_in_part(op: str, where: str) -> None
     }
     with tensors_of(where if where in MODES else "real"), torch.no_grad():
         input, residual = overlapping()
-        with pytest.raises(RuntimeError, match=re.escape(f"{op}: {PARTIAL}")):
+        with pytest.raises(RuntimeError, match=re.escape(f"{op}: {PARTIAL_OVERLAP}")):
             write(op, input, residual, calls.get(where))
 
 

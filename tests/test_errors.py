@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MODES, tensors_of
+from helpers import MODES, PARTIAL_OVERLAP, device, tensors_of
 from torch import nn
 
 import se_ext
@@ -23,10 +23,6 @@ KNOWN_GATES = "sigmoid, hardsigmoid, tanh, relu, identity"
 RANK = "expected input of shape [N, C, *spatial] with 1 to 3 spatial dims, got "
 FLOATING = "of dtype float32, float64, bfloat16 or float16, got "
 SHARED = "expected input whose elements do not share memory (the op writes into it), got shape "
-PARTIAL = (
-    "expected residual to be apart from input or the same tensor (the op writes into input), got one that overlaps "
-    "it in part"
-)
 
 
 def recorded(name: str) -> str:
@@ -296,8 +292,8 @@ def in_place_cases(op: str, others: Callable[[], dict[str, Any]], small: tuple[s
             f"{SHARED}[3, 8, 5, 5] with strides [0, 25, 5, 1]",
             lambda _: (x(1, C, 5, 5).expand(N, C, 5, 5), others()),
         ),
-        case(op, "residual-overlaps", RuntimeError, PARTIAL, overlapping_residual),
-        case(op, "residual-transposed", RuntimeError, PARTIAL, transposed_residual),
+        case(op, "residual-overlaps", RuntimeError, PARTIAL_OVERLAP, overlapping_residual),
+        case(op, "residual-transposed", RuntimeError, PARTIAL_OVERLAP, transposed_residual),
     ]
 
 
@@ -545,6 +541,137 @@ def test_a_subclass_of_a_known_module_is_not_taken_for_it() -> None:
 def test_the_names_are_those_of_the_ops() -> None:
     assert ", ".join(ACTIVATIONS) == KNOWN_ACTIVATIONS == ", ".join(se_ext.reference.ACTIVATIONS)
     assert ", ".join(GATES) == KNOWN_GATES == ", ".join(se_ext.reference.GATES)
+
+
+# ---- batch norms ----
+
+# Of se_ext.bn_squeeze_excite: what is changed in a good call, by a map x and a vector v.
+BN_BLOCK_ERRORS: dict[str, tuple[type[Exception], str, Callable[..., dict[str, Any]]]] = {
+    "bn_weight of shape": (
+        RuntimeError,
+        r"expected bn_weight of shape \[8\], got \[4\]",
+        lambda x, v: {"bn_weight": v[:4]},
+    ),
+    "bn_bias of shape": (
+        RuntimeError,
+        r"expected bn_bias of shape \[8\], got \[8, 1\]",
+        lambda x, v: {"bn_bias": v[:, None]},
+    ),
+    "bn_weight of dtype": (
+        TypeError,
+        "expected bn_weight of dtype float32, got float64",
+        lambda x, v: {"bn_weight": v.double()},
+    ),
+    "drop_scale of shape": (
+        RuntimeError,
+        r"expected drop_scale of shape \[2\], got \[8\]",
+        lambda x, v: {"drop_scale": v},
+    ),
+    "drop_scale that requires grad": (
+        RuntimeError,
+        "expected drop_scale that does not require grad",
+        lambda x, v: {"drop_scale": torch.rand(2, requires_grad=True)},
+    ),
+    "pre_activation": (
+        ValueError,
+        'expected pre_activation to be one of .*, got "elu"',
+        lambda x, v: {"pre_activation": "elu"},
+    ),
+    "residual": (
+        RuntimeError,
+        r"expected residual of shape \[2, 8, 3, 3\], got \[2, 8\]",
+        lambda x, v: {"residual": x[..., 0, 0]},
+    ),
+    "one value": (
+        ValueError,
+        r"expected more than one value per channel when training, got input of shape \[1, 8, 1, 1\]",
+        lambda x, v: {"input": x[:1, :, :1, :1]},
+    ),
+    "running_mean": (
+        RuntimeError,
+        r"expected running_mean of shape \[8\], got \[4\]",
+        lambda x, v: {"running_mean": v[:4]},
+    ),
+    "running_var": (
+        RuntimeError,
+        r"expected running_var of shape \[8\], got \[\]",
+        lambda x, v: {"running_var": v[0]},
+    ),
+    "running_var of integers": (
+        TypeError,
+        "expected running_var of dtype float32, float64, bfloat16 or float16, got int64",
+        lambda x, v: {"running_var": v.long()},
+    ),
+    "no statistics": (
+        RuntimeError,
+        "expected running_mean and running_var when training is False",
+        lambda x, v: {"training": False, "running_mean": None, "running_var": None},
+    ),
+}
+# Of _bn_activation_running: what is changed in a good call.
+BN_ACTIVATION_ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "weight": (RuntimeError, r"expected weight of shape \[8\], got \[4\]", {"weight": torch.ones(4)}),
+    "bias": (TypeError, "expected bias of dtype float32, got float64", {"bias": torch.ones(8).double()}),
+    "activation": (ValueError, 'expected activation to be one of .*, got "elu"', {"activation": "elu"}),
+    "rank": (RuntimeError, r"expected input of shape \[N, C, \*spatial\]", {"input": torch.ones(2, 8)}),
+    "one value": (
+        ValueError,
+        r"expected more than one value per channel when training, got input of shape \[1, 8, 1, 1\]",
+        {"input": torch.ones(1, 8, 1, 1)},
+    ),
+    "running_mean": (RuntimeError, r"expected running_mean of shape \[8\]", {"running_mean": torch.ones(4)}),
+    "no statistics": (
+        RuntimeError,
+        "expected running_mean and running_var when training is False",
+        {"training": False, "running_mean": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BN_BLOCK_ERRORS)
+def test_errors_of_a_block_behind_a_batch_norm(name: str) -> None:
+    kind, message, change = BN_BLOCK_ERRORS[name]
+    changed = change(torch.randn(2, 8, 3, 3), torch.rand(8))
+    running = (torch.zeros(8), torch.ones(8))
+    good = {
+        **{"input": torch.randn(2, 8, 3, 3), "bn_weight": None, "bn_bias": None},
+        **{"running_mean": running[0], "running_var": running[1]},
+        **{"w1": torch.randn(4, 8), "b1": None, "w2": torch.randn(8, 4), "b2": None, "training": True},
+    }
+    for where in (device().type, "meta"):
+        placed = {k: t.to(where) if isinstance(t, torch.Tensor) else t for k, t in (good | changed).items()}
+        with pytest.raises(kind, match=f"^bn_squeeze_excite: {message}"):
+            se_ext.bn_squeeze_excite(**placed)
+    assert torch.equal(running[0], torch.zeros(8))  # nothing was touched
+    assert torch.equal(running[1], torch.ones(8))
+
+
+@pytest.mark.parametrize("name", BN_ACTIVATION_ERRORS)
+def test_errors_of_a_batch_norm_with_an_activation(name: str) -> None:
+    kind, message, changed = BN_ACTIVATION_ERRORS[name]
+    running = {"running_mean": torch.zeros(8), "running_var": torch.ones(8), "num_batches_tracked": torch.tensor(0)}
+    good = {"input": torch.randn(2, 8, 3, 3), "weight": None, "bias": None, **running}
+    given = {**good, "training": True, "momentum": 0.1, "eps": 1e-5, "activation": "relu", **changed}
+    for where in (device().type, "meta"):
+        placed = {k: t.to(where) if isinstance(t, torch.Tensor) else t for k, t in given.items()}
+        with pytest.raises(kind, match=f"^bn_activation: {message}"):
+            torch.ops.se_ext._bn_activation_running(**placed)
+    assert torch.equal(running["running_mean"], torch.zeros(8))  # nothing was touched
+    assert int(running["num_batches_tracked"]) == 0
+
+
+def test_a_statistic_elsewhere_is_an_error_before_anything_is_touched() -> None:
+    tail = se_ext.BatchNormSqueezeExcitation(8, 4)
+    tail.bn.running_var = tail.bn.running_var.to("meta")
+    with pytest.raises(RuntimeError, match=r"^bn_squeeze_excite: expected running_var on device \w+(:0)?, got meta"):
+        tail(torch.randn(2, 8, 3, 3))
+    assert int(tail.bn.num_batches_tracked) == 0
+    assert torch.equal(tail.bn.running_mean, torch.zeros(8))
+
+
+def test_in_place_does_not_go_with_a_prologue() -> None:
+    with pytest.raises(ValueError, match="squeeze_excite: expected inplace=False with a pre_bias or a pre_activation"):
+        se_ext.squeeze_excite(x(), **weights(), inplace=True, pre_bias=x(C))
 
 
 def test_another_torch_is_named_beside_the_one_built_against() -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import make_map, make_weights, saved_maps
+from ops import SLOPES, OpCase, Options, cases
 from torch.profiler import ProfilerActivity, profile
 
 import se_ext
 
 SHAPE = (8, 64, 28, 28)
 HIDDEN = 4
-SLOPE_FROM_OUTPUT = ["relu", "relu6", "leaky_relu", "tanh", "sigmoid"]
-SLOPE_FROM_INPUT = ["silu", "gelu", "hardswish"]
+POSTS = ["identity", "relu", "relu6", "leaky_relu", "tanh", "sigmoid", "silu", "gelu", "hardswish"]
 
 
 def allocations(function: Callable[[], object], warm_up: bool = True) -> list[int]:
@@ -74,43 +75,80 @@ def test_the_count_is_right():
         assert full_and_small(lambda: se_ext.squeeze_excite(x, *weights), x) == ([1], 0)
 
 
+with_map = cases(lambda case: case.has_map and case.differentiable and not case.writes)
+formats = pytest.mark.parametrize(
+    ("dtype", "channels_last"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)], ids=str
+)
+# The ends of a block: what stands before it (for the ops that have that) and after it, and whether a shortcut is added.
+ENDS = [
+    ("identity", "identity", False),
+    ("silu", "identity", True),
+    ("identity", "relu", True),
+    ("silu", "relu", False),
+    ("identity", "silu", False),
+    ("silu", "silu", True),
+]
+EVERY_END = [(pre, post, residual) for pre in ("identity", "silu") for post in POSTS for residual in (False, True)]
+
+
+def ends(case: OpCase, of: list[tuple[str, str, bool]]) -> list[Options]:
+    """Options that differ in what the op takes."""
+    found: dict[str, Options] = {}
+    for pre, post, residual in of:
+        taken = {"pre_activation": pre, "post_activation": post, "residual": residual}
+        taken["activation"] = "relu" if "gate" in case.names else post
+        key = str([value for name, value in taken.items() if name in case.names])
+        found.setdefault(key, Options(SHAPE, HIDDEN, requires_grad=True, **taken))
+    return list(found.values())
+
+
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("post", ["identity", "relu", "silu"])
-def test_forward_allocates_its_result(case, post, with_residual):
-    x, weights, residual, channels_last = case
-    residual = residual if with_residual else None
+@formats
+@with_map
+def test_forward_allocates_its_result(case, dtype, channels_last):
+    for options in ends(case, ENDS):
+        arguments = case.make(replace(options, dtype=dtype, weight_dtype=dtype, channels_last=channels_last))
+        x = arguments["input"]
+        for recorded in (True, False):
+            with torch.set_grad_enabled(recorded):
+                full, small = full_and_small(lambda arguments=arguments: case.run(arguments), x)
+            assert full == [1] * (case.name != "squeeze"), options
+            assert small <= small_bytes(x, channels_last), options
 
-    def recorded():
-        return se_ext.squeeze_excite(x, *weights, residual=residual, post_activation=post)
 
-    def unrecorded():
+@pytest.mark.cpu_only
+@formats
+@with_map
+def test_a_step_allocates_results_and_gradients(case, dtype, channels_last):
+    """y and the input's gradient, which is an expanded view for squeeze; the residual's own, unless it is dL/dy."""
+    for options in ends(case, ENDS):
+        arguments = case.make(replace(options, dtype=dtype, weight_dtype=dtype, channels_last=channels_last))
+        x = arguments["input"]
         with torch.no_grad():
-            return recorded()
+            grad = torch.randn_like(case.run(arguments)[0])
+        full, small = full_and_small(lambda arguments=arguments, grad=grad: case.step(arguments, grad), x)
+        maps = 2 * (case.name != "squeeze")
+        if "residual" in case.leaves(arguments) and options.post_activation != "identity":
+            maps += 1
+        assert full == [1] * maps, options
+        assert small <= 2 * small_bytes(x, channels_last), options
 
-    for function in (recorded, unrecorded):
-        full, small = full_and_small(function, x)
-        assert full == [1]
-        assert small <= small_bytes(x, channels_last)
 
-
-@pytest.mark.cpu_only
-@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("post", ["identity", "relu", "silu"])
-def test_a_step_allocates_results_and_gradients(case, post, with_residual):
-    """y and the input's gradient; the residual's own, unless it is dL/dy itself."""
-    x, weights, residual, channels_last = case
-    residual = residual if with_residual else None
-    grad = make_map(SHAPE, x.dtype, channels_last)
-    wanted = [x, *weights, *([residual] if with_residual else [])]
-
-    def step():
-        y = se_ext.squeeze_excite(x, *weights, residual=residual, post_activation=post)
-        return y, torch.autograd.grad(y, wanted, grad)
-
-    full, small = full_and_small(step, x)
-    assert full == [1] * (3 if with_residual and post != "identity" else 2)
-    assert small <= 2 * small_bytes(x, channels_last)
+@formats
+@with_map
+def test_saved_for_backward(case, dtype, channels_last):
+    """x itself; with a residual also y where the slope follows from it, the residual where not. No copy of any. Eager
+    saves three to five maps behind a batch norm."""
+    for options in ends(case, EVERY_END):
+        arguments = case.make(replace(options, dtype=dtype, weight_dtype=dtype, channels_last=channels_last))
+        x, residual = arguments["input"], arguments.get("residual")
+        y, saved = saved_maps(lambda arguments=arguments: case.run(arguments)[0], x.numel())
+        expected = set() if case.name == "squeeze" else {x.data_ptr()}
+        if residual is not None and options.post_activation in SLOPES:
+            expected.add(y.data_ptr())
+        elif residual is not None and options.post_activation != "identity":
+            expected.add(residual.data_ptr())
+        assert sorted(saved) == sorted(expected), options
 
 
 @pytest.mark.cpu_only
@@ -148,26 +186,6 @@ def test_in_place_allocates_nothing_of_the_maps_size(case):
 
 
 @pytest.mark.cpu_only
-def test_the_parts_allocate_their_results(case):
-    x, _, residual, channels_last = case
-    scale = torch.rand(SHAPE[:2], requires_grad=True)
-    full, small = full_and_small(lambda: se_ext.squeeze(x), x)
-    assert full == []
-    assert small <= small_bytes(x, channels_last)
-    full, small = full_and_small(lambda: torch.autograd.grad(se_ext.squeeze(x).sum(), x), x)
-    assert full == []  # its gradient is an expanded view
-    grad = make_map(SHAPE, x.dtype, channels_last)
-
-    def step():
-        y = se_ext.rescale(x, scale, residual, "relu")
-        return y, torch.autograd.grad(y, [x, scale, residual], grad)
-
-    full, small = full_and_small(step, x)
-    assert full == [1, 1, 1]
-    assert small <= small_bytes(x, channels_last)
-
-
-@pytest.mark.cpu_only
 @pytest.mark.parametrize("mode", ["inference", "in place", "step"])
 def test_scratch_that_a_thread_keeps_is_small(case, mode):
     """On its first call a thread's buffer (csrc/cpu/scratch.h) grows, which warmed-up counts don't see."""
@@ -197,32 +215,3 @@ def test_wide_channels_last_needs_no_map_of_partial_sums():
     x = make_map((1, 8192, 16, 16), channels_last=True)
     full, _ = full_and_small(lambda: se_ext.squeeze(x), x)
     assert full == []
-
-
-@pytest.mark.parametrize("op", ["squeeze_excite", "rescale"])
-@pytest.mark.parametrize("post", ["identity", *SLOPE_FROM_OUTPUT, *SLOPE_FROM_INPUT])
-@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-def test_saved_for_backward(case, op, post, with_residual):
-    """x itself; with a residual also y where the slope follows from it, the residual where not. No copy of any."""
-    x, weights, residual, _ = case
-    residual = residual if with_residual else None
-    scale = torch.rand(SHAPE[:2], requires_grad=True)
-
-    def forward():
-        if op == "rescale":
-            return se_ext.rescale(x, scale, residual, post)
-        return se_ext.squeeze_excite(x, *weights, residual=residual, post_activation=post)
-
-    y, saved = saved_maps(forward, x.numel())
-    expected = {x.data_ptr()}
-    if with_residual and post in SLOPE_FROM_OUTPUT:
-        expected.add(y.data_ptr())
-    if with_residual and post in SLOPE_FROM_INPUT:
-        expected.add(residual.data_ptr())
-    assert sorted(saved) == sorted(expected)
-
-
-def test_squeeze_saves_nothing(case):
-    x = case[0]
-    _, saved = saved_maps(lambda: se_ext.squeeze(x), x.numel())
-    assert saved == []

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import ACTIVATIONS, DTYPES, GATES, HALF, assert_close, make_map, make_weights, memory_format, one_thread
+from ops import Options, cases, layouts
 
 import se_ext
 from se_ext import reference
@@ -75,6 +76,20 @@ def test_mean_far_from_zero(spatial, channels_last):
     """Mean 10⁴, deviation 1: the mean is right to float32, not only to a part of the deviation."""
     x = (torch.randn(2, 37, *spatial) + 1e4).contiguous(memory_format=memory_format(4, channels_last))
     assert_close(se_ext.squeeze(x), x.double().mean(dim=(2, 3)), torch.float32, spatial[0] * spatial[1])
+
+
+@layouts
+@pytest.mark.parametrize("shape", [(8, 16, 56, 56), (4, 24, 7, 7)], ids=str)
+@cases(lambda case: case.name in ("bn_squeeze_excite", "_bn_activation"))
+def test_variance_around_a_large_mean(case, shape, channels_last):
+    """Mean 1e4, standard deviation 1: the raw E[x²] - E[x]² would lose every digit in float32."""
+    arguments = case.make(Options(shape, 6, channels_last=channels_last))
+    x = (1e4 + torch.randn(shape)).contiguous(memory_format=memory_format(4, channels_last))
+    _, mean, var, *_ = case.run(arguments | {"input": x})
+    exact = x.double()
+    assert torch.allclose(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6)
+    error = (var.double() / exact.var((0, 2, 3), correction=0) - 1).abs().max().item()
+    assert error < 1e-3, error
 
 
 # ---- conversions ----
@@ -259,6 +274,22 @@ def test_poison_in_squeeze_excite(channels_last, activation, poison, torch_hards
             )
             y = se_ext.squeeze_excite(maps["x"], *weights, activation, gate, maps["residual"], post)
             assert y[[0, 2, 3, 4]].isfinite().all()
+
+
+@layouts
+@cases(lambda case: case.name in ("bn_squeeze_excite", "_bn_activation"))
+def test_infinity_and_nan_stay_in_their_channel(case, channels_last):
+    """Of a batch's statistics, and of y where no excitation mixes the channels."""
+    arguments = case.make(Options((2, 6, 4, 4), channels_last=channels_last, post_activation="relu"))
+    x = arguments["input"]
+    x[0, 1, 0, 0], x[1, 4, 2, 2] = INF, NAN
+    y, mean, var, *_ = case.run(arguments)
+    healthy = torch.tensor([i in (0, 2, 3, 5) for i in range(6)])
+    assert torch.allclose(mean[healthy], x.mean((0, 2, 3))[healthy], atol=1e-6)
+    assert torch.equal(var.isfinite(), healthy)
+    if case.name == "_bn_activation":
+        assert torch.equal(y.isfinite().all(0).flatten(1).all(1), healthy)
+        assert torch.equal(y.isnan(), case.exact(arguments)[0].isnan())
 
 
 # ---- the activations ----
