@@ -25,12 +25,6 @@ from helpers import (
 
 from se_ext import _C
 
-# Files of tests that do not depend on the instruction set of the CPU kernels: `make test-isa` does not repeat them.
-ONCE = (
-    *("test_benchmark", "test_build", "test_compiled_networks", "test_demo", "test_flops", "test_fx", "test_loader"),
-    *("test_names", "test_report", "test_setup_cuda"),
-)
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = os.environ.get("SE_EXT_TEST_DEVICE", "cpu")
@@ -64,8 +58,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if emulated_cuda():
         skips["large"] = "too large for emulated kernels"
     for item in items:
-        if os.environ.get("SE_EXT_CPU_ISA") and item.path.stem.startswith(ONCE):
-            item.add_marker(pytest.mark.skip(reason="does not depend on the instruction set"))
         for marker, reason in skips.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))

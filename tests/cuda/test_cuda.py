@@ -6,7 +6,6 @@ The values, gradients and errors of tests/ run on a GPU with `pytest --device cu
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch
 from helpers import (
     DTYPES,
     HALF,
+    TESTS,
     assert_close,
     assert_same_bits,
     check_against_float64,
@@ -635,8 +635,8 @@ def test_compiles_as_one_graph(training, mode):
 
 def test_the_sanitizer_s_script_passes_without_it():
     """What `make gpu-check` runs under compute-sanitizer."""
-    script = os.path.join(os.path.dirname(__file__), "cuda_sanitizer_case.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
+    script = TESTS / "cuda_sanitizer_case.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "checked" in done.stdout
 
