@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, device, make_map, make_weights
+from helpers import DTYPES, assert_moved_alike, device, make_map, make_weights
+from ops import OpCase, Options, cases, differentiable
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -88,6 +90,41 @@ def test_aot_eager_gives_eagers_bits(name: str, dynamic: bool, channels_last: bo
         with torch.set_grad_enabled(training):
             assert_identical(run(compiled, args, grad), run(f, args, grad))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True], ids=["", "batch"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@cases(differentiable)
+def test_every_op_is_one_graph(case: OpCase, dynamic: bool, training: bool, batch_statistics: bool) -> None:
+    """With eager's bits and strides. Running statistics move by ATen's operators in the graph, and by a loop of our own
+    in eager: to a rounding."""
+    if not batch_statistics and not {"batch_statistics", "training"} & set(case.names):
+        return
+    counter = CompileCounterWithBackend("aot_eager")
+    names, compiled_once = case.names, 0
+
+    def f(*values: Any) -> Any:
+        return case.op(*values)
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter, dynamic=dynamic)
+    for n, size in [(3, 5), (4, 7), (2, 6)] if dynamic else [(3, 5)]:
+        options = Options((n, C, size, size + 1), M, channels_last=True, batch_statistics=batch_statistics)
+        given = case.make(replace(options, pre_activation="silu", post_activation="relu", requires_grad=training))
+        results = []
+        for call in (compiled, f):
+            copies = dict(zip(names, leaves(list(given.values())), strict=True))
+            found = call(*copies.values())
+            y, *others = [found] if isinstance(found, Tensor) else found
+            torch.manual_seed(0)
+            wanted = list(case.leaves(copies).values())
+            grads = torch.autograd.grad(y, wanted, torch.randn_like(y)) if training else ()
+            results.append(([y.detach(), *others, *grads], [copies[name] for name in case.writes]))
+        assert_identical(*(tensors for tensors, _ in results))
+        for name, ours, theirs in zip(case.writes, results[1][1], results[0][1], strict=True):
+            assert_moved_alike(given[name], ours, theirs)
+        compiled_once = compiled_once or counter.frame_count  # 2 where torch first takes a float for a symbol
+    assert counter.frame_count == compiled_once <= 2
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
