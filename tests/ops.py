@@ -7,7 +7,7 @@ part for each argument of a new name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
@@ -715,18 +715,6 @@ def cases(select: Callable[[OpCase], Any] = lambda _: True) -> pytest.MarkDecora
 
 def differentiable(case: OpCase) -> bool:
     return bool(case.differentiable)
-
-
-def functional_and_differentiable(case: OpCase) -> bool:
-    return bool(case.differentiable) and not case.writes
-
-
-def variations(select: Callable[[OpCase], Any] = lambda _: True) -> Iterator[Any]:
-    """Parameters (case, options): each op's variations."""
-    for case in CASES:
-        if select(case):
-            for options in case.variations():
-                yield pytest.param(case, options, id=f"{case}-{options}")
 
 
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
