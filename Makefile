@@ -19,20 +19,20 @@ demo: $(BUILD)  ## train a small CNN on handwritten digits: without SE, with pla
 test: $(BUILD)  ## every test
 	SE_EXT_REQUIRE_BUILD_TREE=1 $(BIN)/python -m pytest $(ARGS)
 
-test-isa: $(BUILD)  ## the tests again, but for tests/conftest.py's ONCE, on every narrower instruction set of this CPU
+test-isa: $(BUILD)  ## the tests of the kernels again, on every narrower instruction set of this CPU
 	for isa in $$($(BIN)/python -c "from se_ext import _C; print(*_C.cpu_capabilities()[:-1])"); do \
-	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(BIN)/python -m pytest $(ARGS) || exit 1; \
+	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(BIN)/python -m pytest $(or $(ARGS),tests/kernels) || exit 1; \
 	done
 
 emulated: $(BUILD)  ## every op on emulated older CPUs, against illegal instructions; needs qemu-x86_64 (qemu-user)
-	SE_EXT_SLOW=1 SE_EXT_REQUIRE_QEMU=1 $(BIN)/python -m pytest tests/test_emulated.py $(ARGS)
+	SE_EXT_SLOW=1 SE_EXT_REQUIRE_QEMU=1 $(BIN)/python -m pytest tests/building/test_emulated.py $(ARGS)
 
 cuda-check: $(BUILD)  ## the CUDA build without a GPU: compiled, linked, and what nvcc made of the kernels; needs nvcc
 	$(BIN)/python tests/cuda_check.py $(ARGS)
 
 cuda-host: $(BUILD)  ## the CUDA kernels compiled for the CPU, and their tests
 	$(BIN)/python tests/cuda_host/build.py --self-test
-	$(BIN)/python tests/cuda_host/emulate.py --sanitize $(SANITIZE) $(or $(ARGS),tests/test_cuda_host.py)
+	$(BIN)/python tests/cuda_host/emulate.py --sanitize $(SANITIZE) $(or $(ARGS),tests/cuda/test_cuda_host.py)
 
 gpu-check:  ## build for this machine's GPU, its tests, benchmark and sanitizers, without .venv: OUT=dir PYTHON=python3
 	benchmarks/gpu_check.sh "$(OUT)" "$(PYTHON)"

@@ -1,6 +1,6 @@
 """Runs pytest with the CUDA backend, built for the host, in the place of the CPU kernels.
 
-emulate.py [--sanitize none] tests/test_cuda_host.py …
+emulate.py [--sanitize none] tests/cuda/test_cuda_host.py …
 """
 
 from __future__ import annotations

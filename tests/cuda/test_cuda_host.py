@@ -1,0 +1,301 @@
+"""The CUDA backend without a GPU: its adapters and kernels, compiled for the host (tests/cuda_host), on CPU tensors.
+
+`make cuda-host` builds them with AddressSanitizer and runs this file; the order of threads between two barriers is
+another one in every launch. What is proved are indices, tails, reductions and barriers, and nothing about speed or the
+memory model. The rest of the suite runs there too: make cuda-host SANITIZE=none ARGS=tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    CUDA_HOST,
+    DTYPES,
+    HALF,
+    TESTS,
+    assert_same_bits,
+    check_against_float64,
+    emulated_cuda,
+    make_map,
+    make_weights,
+)
+from torch import Tensor
+
+import se_ext
+from se_ext import reference
+
+pytestmark = pytest.mark.skipif(not emulated_cuda(), reason="of the kernels on the host: make cuda-host")
+
+PATHS = ("whole", "chunked", "cluster", "auto")
+# By how a slab is cut: rows of whole accesses of 16 bytes, of 8 in half types, without alignment in samples that have
+# it, and in samples that don't; one tile and several; shares of a cluster that are not equal; one point, one channel.
+SHAPES = {
+    "aligned rows": (3, 72, 15, 16),
+    "half-aligned rows": (4, 72, 2, 6),
+    "rows across accesses": (3, 72, 7, 33),
+    "odd": (3, 19, 5, 7),
+    "one point": (5, 24, 1, 1),
+    "one channel": (2, 1, 9, 5),
+    "three channels": (2, 3, 4, 4),
+    "volume": (2, 40, 3, 5, 7),
+    "sequence": (3, 20, 50),
+}
+LARGE = {"rows in tiles": (1, 2, 147, 149), "many tiles of points": (1, 8, 260, 270)}
+LAYOUTS = {"first": False, "last": True}
+
+
+def host() -> ctypes.CDLL:
+    return ctypes.CDLL(CUDA_HOST)
+
+
+def set_path(name: str) -> None:
+    host().cuda_host_set_path(name.encode())
+
+
+@pytest.fixture(autouse=True)
+def automatic_path() -> Iterator[None]:
+    yield
+    set_path("auto")
+
+
+def longest(shape: tuple[int, ...], hidden: int) -> int:
+    return math.prod(shape) + shape[1] + hidden
+
+
+class Problem:
+    """A map with all that stands around it, in one dtype and layout."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, last: bool, hidden: int = 12, wide: bool = False):
+        self.shape, self.dtype, self.hidden = shape, dtype, hidden
+        self.x, self.residual, self.grad = (make_map(shape, dtype, last) for _ in range(3))
+        weight_dtype = torch.float32 if wide else dtype
+        self.weights = make_weights(shape[1], hidden, weight_dtype)
+        self.bn = [(torch.rand(shape[1]) + 0.5).to(dtype), torch.randn(shape[1]).to(dtype)]
+        self.drop = (torch.rand(shape[0]) + 0.5).to(dtype)
+
+    def inference(self) -> list[Tensor]:
+        """Plain; with a residual and an activation; behind an affine map and an activation."""
+        with torch.no_grad():
+            plain = se_ext.squeeze_excite(self.x, *self.weights)
+            tail = se_ext.squeeze_excite(self.x, *self.weights, "silu", "hardsigmoid", self.residual, "gelu")
+            op = torch.ops.se_ext.bn_squeeze_excite
+            y, _, _ = op(
+                self.x, *self.bn, *self.weights, False, 1e-5, "silu", "relu", "sigmoid", None, "identity", None
+            )
+            z, _, _ = op(
+                *(self.x, *self.bn, *self.weights, False, 1e-5),
+                *("hardswish", "tanh", "sigmoid", self.residual, "relu", self.drop),
+            )
+            return [plain, tail, y, z]
+
+    def step(self) -> list[Tensor]:
+        """Outputs and gradients of the block, and of the block behind a batch norm."""
+        leaves = [t.detach().requires_grad_() for t in (self.x, *self.weights, self.residual, *self.bn)]
+        x, w1, b1, w2, b2, r, weight, bias = leaves
+        y = se_ext.squeeze_excite(x, w1, b1, w2, b2, residual=r, post_activation="silu")
+        found = [y, *torch.autograd.grad(y, leaves[:6], self.grad)]
+        for pre in ("identity", "silu"):
+            y = se_ext.bn_squeeze_excite(
+                *(x, weight, bias, None, None, w1, b1, w2, b2),
+                training=True,
+                pre_activation=pre,
+                residual=r,
+                post_activation="relu",
+                drop_scale=self.drop,
+            )
+            found += [y, *torch.autograd.grad(y, leaves, self.grad)]
+        for training in (True, False):
+            y, *statistics = torch.ops.se_ext._bn_activation(x, weight, bias, training, 1e-5, "relu")
+            found += [y, *statistics, *torch.autograd.grad(y, (x, weight, bias), self.grad)]
+        return found
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_path_gives_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
+    """And right ones. The order of the threads is another one each time."""
+    problem = Problem(shape, dtype, last, wide=dtype is torch.float16)
+    expected = None
+    for path in PATHS:
+        set_path(path)
+        found = problem.inference() + (problem.step() if path != "cluster" else [])
+        if expected is None:
+            expected = found
+        assert_same_bits(found, expected[: len(found)], f"{path} and {PATHS[0]}")
+    set_path("whole")
+    length = longest(shape, problem.hidden)
+    check_against_float64(
+        lambda x, *w: se_ext.squeeze_excite(x, *w[:4], "silu", "hardsigmoid", w[4], "gelu"),
+        lambda x, *w: reference.squeeze_excite(x, *w[:4], "silu", "hardsigmoid", w[4], "gelu"),
+        [problem.x, *problem.weights, problem.residual],
+        (length, length),
+    )
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("half", "channels", "points", "samples", "hidden", "path"),
+    [
+        (False, 256, 56 * 56, 1, 16, "whole"),  # no cluster holds its slab, and one sample is one chunk
+        (False, 256, 56 * 56, 128, 16, "whole"),  # launches take as long as reading a chunk again
+        (True, 256, 56 * 56, 128, 16, "cluster"),
+        (False, 512, 28 * 28, 1, 32, "cluster"),
+        (False, 512, 28 * 28, 256, 32, "cluster"),
+        (False, 2048, 7 * 7, 1, 128, "cluster"),
+        (False, 2048, 7 * 7, 512, 128, "whole"),  # the weights outweigh the slab
+    ],
+)
+def test_the_path_on_an_h200(
+    half: bool, channels: int, points: int, samples: int, hidden: int, path: str, last: bool
+) -> None:
+    assert ("cluster", "chunked", "whole")[host().cuda_host_plan(half, last, channels, points, samples, hidden)] == path
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("samples", [1, 20, 140])
+def test_clusters_are_as_large_as_the_batch_is_small(samples: int, last: bool) -> None:
+    """On 132 multiprocessors; and no other path has any."""
+    problem = Problem((samples, 72, 15, 16), torch.float32, last)
+    for path in PATHS[:3]:
+        set_path(path)
+        host().cuda_host_largest_cluster()
+        problem.inference()
+        assert host().cuda_host_largest_cluster() == (1 if path != "cluster" else {1: 8, 20: 4, 140: 1}[samples])
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+def test_tiles(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
+    """Rows and bands that are cut into many tiles: values and gradients."""
+    tensors = [t.requires_grad_() for t in (make_map(shape, dtype, last), *make_weights(shape[1], 4, dtype))]
+    outputs = []
+    for path in ("whole", "cluster"):
+        set_path(path)
+        with torch.no_grad():
+            outputs.append(se_ext.squeeze_excite(*tensors))
+    assert_same_bits(outputs[1:], outputs[:1], "cluster and whole")
+    length = longest(shape, 4)
+    check_against_float64(se_ext.squeeze_excite, reference.squeeze_excite, tensors, (length, length))
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_norm_in_training(dtype: torch.dtype, last: bool) -> None:
+    shape, hidden = (3, 24, 7, 9), 8
+    problem = Problem(shape, dtype, last, hidden)
+    tensors = [problem.x, *problem.bn, *problem.weights, problem.residual, problem.drop]
+    leaves = [t.detach().requires_grad_(t is not problem.drop) for t in tensors]
+    length = longest(shape, hidden)
+    for pre in ("identity", "silu", "gelu"):
+
+        def run(library, x, weight, bias, w1, b1, w2, b2, r, drop, pre=pre):
+            return library.bn_squeeze_excite(
+                *(x, weight, bias, None, None, w1, b1, w2, b2),
+                training=True,
+                pre_activation=pre,
+                residual=r,
+                post_activation="silu",
+                drop_scale=drop,
+            )
+
+        check_against_float64(lambda *t: run(se_ext, *t), lambda *t: run(reference, *t), leaves, (length, length))
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_does_not_feel_its_batch(dtype: torch.dtype, last: bool) -> None:
+    problem = Problem((9, 72, 5, 16), dtype, last)
+    for path in PATHS:
+        set_path(path)
+        together = problem.inference()
+        for n in (0, 8):
+            alone = Problem.__new__(Problem)
+            alone.__dict__.update(problem.__dict__)
+            alone.x, alone.residual, alone.drop = (t[n : n + 1] for t in (problem.x, problem.residual, problem.drop))
+            assert_same_bits(alone.inference(), [t[n : n + 1] for t in together], f"sample {n}, {path}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_alignment(dtype: torch.dtype) -> None:
+    """Maps, weights and vectors one element into their storage."""
+
+    def shifted(t: Tensor) -> Tensor:
+        storage = torch.empty(t.numel() + 1, dtype=t.dtype)
+        return storage[1:].view(t.shape).copy_(t)
+
+    problem = Problem((2, 24, 3, 8), dtype, False)
+    expected = [*problem.inference(), *problem.step()]
+    for name in ("x", "residual", "grad", "drop"):
+        setattr(problem, name, shifted(getattr(problem, name)))
+    problem.weights = [shifted(w) for w in problem.weights]
+    problem.bn = [shifted(v) for v in problem.bn]
+    assert problem.x.data_ptr() % 16 != 0
+    assert_same_bits([*problem.inference(), *problem.step()], expected, "shifted")
+    in_place = problem.x.clone()
+    target = shifted(in_place)
+    torch.ops.se_ext.squeeze_excite_(target, *problem.weights)
+    torch.ops.se_ext.squeeze_excite_(in_place, *problem.weights)
+    assert_same_bits([target], [in_place], "in place")
+
+
+@pytest.mark.parametrize("dtype", sorted(HALF, key=str))
+def test_every_half_value_is_read_and_written_as_torch_does(dtype: torch.dtype) -> None:
+    """Of the twins in tests/cuda_host; on a GPU these are instructions."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1024, 64)
+    for scale in (1.0, 1 / 3, 3e4, 2.0**-20):
+        y = se_ext.rescale(x, torch.full((1, 1024), scale))
+        expected = (x.float() * scale).to(dtype)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert_same_bits([y.masked_fill(y.isnan(), 0)], [expected.masked_fill(y.isnan(), 0)], f"times {scale}")
+
+
+# An RTX 4090: as much L2 as an H200, a fifth of its bandwidth.
+CHUNKED = f"""
+import sys, torch
+sys.path[:0] = [{str(TESTS)!r}, {str(Path(__file__).parent)!r}]
+import helpers, test_cuda_host
+host = test_cuda_host.host()
+attributes = {{75: 8, 76: 9, 97: 101376, 81: 102400, 16: 128, 38: 72 << 20, 36: 10501000, 37: 384}}
+for attribute, value in attributes.items():
+    host.cuda_host_set_attribute(attribute, value)
+print(*(host.cuda_host_plan(False, last, 256, 56 * 56, n, 16) for last in (False, True) for n in (1, 4, 128)))
+"""
+
+
+def test_chunks_where_memory_is_slow_and_the_cache_large() -> None:
+    done = subprocess.run([sys.executable, "-c", CHUNKED], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout.split() == ["2", "2", "1"] * 2, done.stderr[-4000:]
+
+
+# Before sm_90 there are no clusters, and before sm_80 a block has 64 KB. A device is asked for what it is once, so
+# that another one needs another process.
+ON_A_T4 = f"""
+import sys, torch
+sys.path[:0] = [{str(TESTS)!r}, {str(Path(__file__).parent)!r}]
+import helpers, test_cuda_host
+host = test_cuda_host.host()
+for attribute, value in ((75, 7), (76, 5), (97, 65536), (81, 65536), (111, 0), (16, 40), (38, 4 << 20)):
+    host.cuda_host_set_attribute(attribute, value)
+torch.manual_seed(1)
+for shape in test_cuda_host.SHAPES.values():
+    for dtype in helpers.DTYPES:
+        for last in (False, True):
+            test_cuda_host.test_every_path_gives_the_same_bits(shape, dtype, last)
+print("done", host.cuda_host_largest_cluster())
+"""
+
+
+def test_a_device_without_clusters() -> None:
+    done = subprocess.run([sys.executable, "-c", ON_A_T4], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout.split() == ["done", "1"], done.stderr[-4000:]

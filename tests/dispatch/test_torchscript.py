@@ -1,0 +1,196 @@
+"""TorchScript: script, trace, freeze, save; and load in a process that knows the library only as libse_ext.so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from helpers import emulated_cuda, make_map, make_weights
+from torch import Tensor, nn
+
+import se_ext
+from se_ext import SqueezeExcitation, _loader
+
+# TorchScript reads annotations of the scripted functions, so they say Optional[Tensor].
+# ruff: noqa: UP045
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+
+C, M = 16, 4
+OP = "se_ext::squeeze_excite"
+
+# Runs what the parent saved, with no Python package of ours: only torch and the shared object.
+FRESH_PROCESS = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+module = torch.jit.load(sys.argv[2])
+x, r = torch.load(sys.argv[3])
+with torch.set_grad_enabled(sys.argv[5] == "grad"):
+    y = module(x) if r is None else module(x, r)
+    grads = []
+    if sys.argv[5] == "grad":
+        x.requires_grad_()
+        y = module(x) if r is None else module(x, r)
+        y.square().sum().backward()
+        grads = [x.grad] + [p.grad for p in module.parameters()]
+torch.save([y.detach(), x.detach(), *grads], sys.argv[4])
+assert not any(name.split(".")[0] == "se_ext" for name in sys.modules)
+"""
+
+
+def run_in_a_fresh_process(path: Path, args: tuple[Tensor, Tensor | None], grad: bool = False) -> list[Tensor]:
+    if emulated_cuda():
+        pytest.skip("a fresh process has the CPU kernels")
+    given, result = path.with_suffix(".in"), path.with_suffix(".out")
+    torch.save(args, given)
+    command = [sys.executable, "-W", "ignore", "-c", FRESH_PROCESS, _loader.LIBRARY, path, given, result]
+    done = subprocess.run(
+        [*map(str, command), "grad" if grad else "no grad"],
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(result)
+
+
+MODULES: dict[str, tuple[Any, bool]] = {
+    "plain": (lambda: SqueezeExcitation(C, M), False),
+    "no bias": (lambda: SqueezeExcitation(C, M, nn.SiLU, nn.Hardsigmoid, bias=False), False),
+    "residual": (lambda: SqueezeExcitation(C, M), True),
+    "post": (lambda: SqueezeExcitation(C, M, post_activation=nn.ReLU), True),
+    "post alone": (lambda: SqueezeExcitation(C, M, post_activation=nn.Tanh), False),
+}
+
+
+def inputs(residual: bool, channels_last: bool = True) -> tuple[Tensor, ...]:
+    x = make_map((3, C, 5, 4), channels_last=channels_last)
+    return (x, make_map((3, C, 5, 4), channels_last=channels_last)) if residual else (x,)
+
+
+def gradients(module: nn.Module, args: tuple[Tensor, ...]) -> list[Tensor]:
+    x = args[0].detach().clone().requires_grad_()
+    module.zero_grad()
+    module(x, *args[1:]).square().sum().backward()
+    return [x.grad, *(p.grad.clone() for p in module.parameters())]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_scripted_module_gives_the_same_bits(name: str) -> None:
+    make, residual = MODULES[name]
+    module = make()
+    scripted = torch.jit.script(module)
+    for channels_last in (False, True):
+        args = inputs(residual, channels_last)
+        y, eager = scripted(*args), module(*args)
+        assert torch.equal(y, eager)
+        assert y.stride() == eager.stride()
+        ours = gradients(scripted, args)
+        assert all(torch.equal(a, b) for a, b in zip(ours, gradients(module, args), strict=True))
+    assert str(scripted.inlined_graph).count(f"{OP}(") == 1
+
+
+def test_a_scripted_module_takes_its_residual_or_none() -> None:
+    module = SqueezeExcitation(C, M, post_activation=nn.ReLU)
+    scripted = torch.jit.script(module)
+    x, r = inputs(True)
+    for args in ((x,), (x, None), (x, r)):
+        assert torch.equal(scripted(*args), module(*args))
+    assert not torch.equal(scripted(x), scripted(x, r))
+
+
+def test_a_scripted_in_place_module_follows_grad_mode() -> None:
+    scripted = torch.jit.script(SqueezeExcitation(C, M, inplace=True))
+    (x,) = inputs(False)
+    before = x.clone()
+    y = scripted(x)
+    assert torch.equal(x, before)
+    assert y.requires_grad
+    with torch.no_grad():
+        z = scripted(x)
+    assert z.data_ptr() == x.data_ptr()
+    assert torch.equal(x, y)
+
+
+def functional_api(
+    x: Tensor, w1: Tensor, b1: Optional[Tensor], w2: Tensor, b2: Optional[Tensor], residual: Optional[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z = se_ext.squeeze(x)
+    s = se_ext.excite(z, w1, b1, w2, b2, activation="silu", gate="hardsigmoid")
+    y = se_ext.rescale(x, s, residual, post_activation="relu")
+    return z, s, y, se_ext.squeeze_excite(x, w1, b1, w2, b2, "silu", "hardsigmoid", residual, "relu")
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_functional_api_scripts(bias: bool, residual: bool) -> None:
+    args = [make_map((2, C, 5, 4)), *make_weights(C, M, bias=bias), make_map((2, C, 5, 4)) if residual else None]
+    scripted = torch.jit.script(functional_api)(*args)
+    assert all(torch.equal(a, b) for a, b in zip(scripted, functional_api(*args), strict=True))
+    assert torch.equal(scripted[2], scripted[3])
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", ["no bias", "post"])
+def test_a_saved_module_runs_where_only_the_library_is_loaded(name: str, grad: bool, tmp_path: Path) -> None:
+    make, residual = MODULES[name]
+    module, args = make(), inputs(residual)
+    expected = gradients(module, args) if grad else []
+    module.zero_grad()
+    torch.jit.script(module).save(tmp_path / "module.pt")
+    y, x, *grads = run_in_a_fresh_process(tmp_path / "module.pt", (args[0], args[1] if residual else None), grad)
+    assert torch.equal(y, module(*args))
+    assert torch.equal(x, args[0])
+    assert len(grads) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+def test_a_saved_in_place_module_writes_into_its_input_there(tmp_path: Path) -> None:
+    module = SqueezeExcitation(C, M, inplace=True)
+    (x,) = inputs(False)
+    torch.jit.script(module).save(tmp_path / "module.pt")
+    y, written = run_in_a_fresh_process(tmp_path / "module.pt", (x, None))
+    with torch.no_grad():
+        expected = module(x.clone())
+    assert torch.equal(y, expected)
+    assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize("name", ["plain", "post"])
+def test_a_frozen_module_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    make, residual = MODULES[name]
+    module, args = make().eval(), inputs(residual)
+    frozen = torch.jit.freeze(torch.jit.script(module))
+    with torch.no_grad():
+        expected = module(*args)
+        for _ in range(3):  # the profiling executor optimises after the first runs
+            assert torch.equal(frozen(*args), expected)
+        optimised = torch.jit.optimize_for_inference(torch.jit.script(module))
+        for _ in range(3):
+            assert torch.equal(optimised(*args), expected)
+    assert str(frozen.graph).count(f"{OP}(") == 1
+    assert not list(frozen.parameters())
+    frozen.save(tmp_path / "frozen.pt")
+    assert torch.equal(run_in_a_fresh_process(tmp_path / "frozen.pt", (args[0], (*args, None)[1]))[0], expected)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_traced_module_gives_the_same_bits_at_other_sizes(name: str, tmp_path: Path) -> None:
+    make, residual = MODULES[name]
+    module = make().eval()
+    traced = torch.jit.trace(module, inputs(residual))
+    other = tuple(make_map((2, C, 9, 7)) for _ in inputs(residual))
+    assert torch.equal(traced(*other), module(*other))
+    assert str(traced.inlined_graph).count(f"{OP}(") == 1
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(*other), module(*other))
+
+
+def test_an_error_in_script_is_ours() -> None:
+    scripted = torch.jit.script(SqueezeExcitation(C, M))
+    with pytest.raises(RuntimeError, match=r"squeeze_excite: expected w1 of shape \[M, 15\] or \[M, 15, 1, 1\], got"):
+        scripted(make_map((2, C - 1, 5, 4)))
