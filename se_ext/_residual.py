@@ -6,12 +6,14 @@ Under TorchScript the other batch norms are left as they are, for torch.jit.free
 
 import math
 from functools import partial
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from ._fusion import batch_norm, check_scriptable, scripted_tail, tail
+from ._fusion import batch_norm, tail
+from ._known import check_scriptable, normalization_from
+from ._ops import Normalization
 from .modules import SqueezeExcitation
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
@@ -42,6 +44,8 @@ class Residual(nn.Module):
     """What the two kinds of block share: the shortcut and stochastic depth."""
 
     expansion: int
+    if TYPE_CHECKING:  # TorchScript wants annotated modules to be interfaces
+        se: SqueezeExcitation
 
     def set_shortcut(self, downsample: nn.Module | None, drop_path: float) -> None:
         """Called last: timm's order of the parameters, on which an optimizer's checkpoint and the random numbers of the
@@ -60,9 +64,14 @@ class Residual(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
 
-    def others(self, x: Tensor) -> tuple[Optional[Tensor], Tensor]:
+    def branches(self, x: Tensor) -> tuple[Optional[Tensor], Tensor]:
         """Stochastic depth and the shortcut, in timm's order."""
         return self.drop_scale(x), self.shortcut(x)
+
+    def scripted_tail(self, input: Tensor, normalization: Normalization, x: Tensor) -> Tensor:
+        """The tail in a script; input is what the last convolution gave, x the block's input."""
+        drop_scale, shortcut = self.branches(x)
+        return self.se._scripted_tail(input, normalization, "identity", drop_scale, shortcut, "relu")
 
     def drop_scale(self, x: Tensor) -> Optional[Tensor]:
         """[N]: 0 for a dropped sample, 1 / keep probability for the others; None where none is to be dropped."""
@@ -107,30 +116,14 @@ class BasicBlock(Residual):
             modules: Any = self._modules
             out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
             out = self.conv2(out)
-            return tail(modules["bn2"], modules["se"], out, partial(self.others, x), "identity", "relu")
+            return tail(modules["bn2"], modules["se"], out, partial(self.branches, x), "identity", "relu")
         out = self.act1(self.bn1(self.conv1(x)))
-        return scripted_tail(
-            self.conv2(out),
-            self.bn2.weight,
-            self.bn2.bias,
-            self.bn2.running_mean,
-            self.bn2.running_var,
-            self.bn2.num_batches_tracked,
-            self.bn2.momentum,
-            self.bn2.eps,
-            self.bn2.training,
-            self.bn2.track_running_stats,
-            self.se.fc1.weight,
-            self.se.fc1.bias,
-            self.se.fc2.weight,
-            self.se.fc2.bias,
-            "identity",
-            self.se.activation,
-            self.se.scale_activation,
-            self.shortcut(x),
-            "relu",
-            self.drop_scale(x),
+        bn = self.bn2
+        buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        normalization = normalization_from(
+            bn.weight, bn.bias, buffers, bn.training, bn.track_running_stats, bn.momentum, bn.eps
         )
+        return self.scripted_tail(self.conv2(out), normalization, x)
 
 
 class Bottleneck(Residual):
@@ -175,28 +168,12 @@ class Bottleneck(Residual):
             out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
             out = batch_norm(modules["bn2"], modules["act2"], self.conv2(out))
             out = self.conv3(out)
-            return tail(modules["bn3"], modules["se"], out, partial(self.others, x), "identity", "relu")
+            return tail(modules["bn3"], modules["se"], out, partial(self.branches, x), "identity", "relu")
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.act2(self.bn2(self.conv2(out)))
-        return scripted_tail(
-            self.conv3(out),
-            self.bn3.weight,
-            self.bn3.bias,
-            self.bn3.running_mean,
-            self.bn3.running_var,
-            self.bn3.num_batches_tracked,
-            self.bn3.momentum,
-            self.bn3.eps,
-            self.bn3.training,
-            self.bn3.track_running_stats,
-            self.se.fc1.weight,
-            self.se.fc1.bias,
-            self.se.fc2.weight,
-            self.se.fc2.bias,
-            "identity",
-            self.se.activation,
-            self.se.scale_activation,
-            self.shortcut(x),
-            "relu",
-            self.drop_scale(x),
+        bn = self.bn3
+        buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        normalization = normalization_from(
+            bn.weight, bn.bias, buffers, bn.training, bn.track_running_stats, bn.momentum, bn.eps
         )
+        return self.scripted_tail(self.conv3(out), normalization, x)

@@ -11,7 +11,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from . import _ops
+
 # TorchScript reads these annotations, so they say Optional[Tensor]; and it has no keyword-only arguments with defaults.
+# It knows an op by its name, not by the overload behind it, so these functions call torch.ops.se_ext.name.
 # ruff: noqa: UP045
 
 
@@ -127,10 +130,10 @@ def squeeze_excite(
 
     z = squeeze(u); s = excite(z, w1, b1, w2, b2); y = post_activation(s ⊙ u + residual), where u is input, or
     pre_activation(input + pre_bias): what is left at inference of a batch norm folded into the convolution, and the
-    activation behind it. The batch is worked
-    on in blocks that stay in cache from the squeeze to the rescale. For backward, input and small tensors
-    [N, C] and [N, M] are kept; with a residual and a post_activation also the output, or the residual where the slope
-    does not follow from the output (silu, gelu, hardswish); nothing else of input's size.
+    activation behind it. The batch is worked on in chunks that stay in cache from the squeeze to the rescale. For
+    backward, input and small tensors [N, C] and [N, M] are kept; with a residual and a post_activation also the output,
+    or the residual where the slope does not follow from the output (silu, gelu, hardswish); nothing else of input's
+    size.
 
     Args:
         input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16; contiguous,
@@ -166,23 +169,9 @@ def squeeze_excite(
     if pre_bias is not None or pre_activation != "identity":
         if inplace:
             raise ValueError("squeeze_excite: expected inplace=False with a pre_bias or a pre_activation, got True")
-        output, _, _ = torch.ops.se_ext.bn_squeeze_excite(
-            input,
-            None,
-            pre_bias,
-            w1,
-            b1,
-            w2,
-            b2,
-            False,
-            0.0,
-            pre_activation,
-            activation,
-            gate,
-            residual,
-            post_activation,
+        return _ops.squeeze_excite_behind_activation(
+            input, pre_bias, (w1, b1, w2, b2), pre_activation, activation, gate, residual, post_activation, None
         )
-        return output
     if inplace:
         torch.ops.se_ext.squeeze_excite_(input, w1, b1, w2, b2, activation, gate, residual, post_activation)
         return input
@@ -238,8 +227,8 @@ def bn_squeeze_excite(
         gate: sigmoid, hardsigmoid, tanh, relu or identity.
         residual: None, or of input's shape and dtype: the shortcut that is added after the rescale.
         post_activation: any activation, applied last.
-        drop_scale: [N] or None, multiplied into the gate: stochastic depth between the block and the shortcut (0 for a
-            dropped sample, 1 / keep probability for the others). It gets no gradient.
+        drop_scale: [N] or None, multiplied into the gate: stochastic depth between the SE block and the shortcut (0 for
+            a dropped sample, 1 / keep probability for the others). It gets no gradient.
 
     Returns:
         Of input's shape, dtype and memory format.
@@ -263,20 +252,11 @@ def bn_squeeze_excite(
         >>> torch.allclose(mean, 0.1 * x.mean((0, 2, 3)), atol=1e-6)
         True
     """
-    return torch.ops.se_ext._bn_squeeze_excite_running(
+    normalization = (bn_weight, bn_bias, running_mean, running_var, None, training, momentum, eps)
+    return _ops.squeeze_excite_behind_batch_norm(
         input,
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        None,
-        w1,
-        b1,
-        w2,
-        b2,
-        training,
-        momentum,
-        eps,
+        normalization,
+        (w1, b1, w2, b2),
         pre_activation,
         activation,
         gate,
