@@ -86,10 +86,10 @@ def is_known_block(module: Any) -> bool:
 def excitation_of(modules: dict[str, Any]) -> Optional[Excitation]:
     """w1, b1, w2, b2 of a SqueezeExcitation, given its children, or None if a layer has to be called.
 
-    For two plain nn.Conv2d all that is_known_layer asks for is written out, since every call of a block waits for it
-    and a function's call takes as long as what it would find out. All other layers are for is_known_layer, and so are
-    these under torch.compile, which guards no dictionary. There both layers are judged before a weight is looked up:
-    where torch.nn.utils.parametrize computes it, that may change it (spectral_norm), and a call would compute it again.
+    For two plain nn.Conv2d all that is_known_layer asks for is written out: every call of an SE block waits for it, and
+    a function's call takes as long as what it would find out. All other layers are for is_known_layer, and so are these
+    under torch.compile, which guards no dictionary. There both layers are judged before a weight is looked up: where
+    torch.nn.utils.parametrize computes it, that may change it (spectral_norm), and a call would compute it again.
     """
     fc1, fc2 = modules["fc1"], modules["fc2"]
     one, two = fc1.__dict__, fc2.__dict__

@@ -1,5 +1,5 @@
-"""The residual blocks of SE-ResNet and SE-ResNeXt, with the tail (batch norm, SE, shortcut, ReLU) as one op, and every
-other batch norm as one with the ReLU behind it.
+"""The residual blocks of SE-ResNet and SE-ResNeXt, with the tail (batch norm, SE block, shortcut, ReLU) as one op, and
+every other batch norm as one with the ReLU behind it.
 
 Under TorchScript the other batch norms are left as they are, for torch.jit.freeze to fold into the convolutions.
 """
@@ -21,12 +21,15 @@ from .modules import SqueezeExcitation
 
 
 def squeezed_width(channels: int, reduction: float) -> int:
-    """The hidden width of timm's SEModule: channels / reduction to the nearest multiple of 8, at least 8."""
+    """The squeezed width of timm's SEModule: channels / reduction to the nearest multiple of 8, at least 8."""
     return max(8, int(channels / reduction + 4) // 8 * 8)
 
 
 class Projection(nn.Sequential):
-    """The shortcut where a block changes the shape: 1x1 convolution, batch norm."""
+    """The shortcut where a residual block changes the shape: 1x1 convolution, batch norm.
+
+    Shape: [N, in_channels, H, W] → [N, channels, H / stride, W / stride], rounded up.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
@@ -41,7 +44,7 @@ class Projection(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """What the two kinds of block share: the shortcut and stochastic depth."""
+    """What the two kinds of residual block share: the shortcut, stochastic depth and the tail."""
 
     expansion: int
     if TYPE_CHECKING:  # TorchScript wants annotated modules to be interfaces
@@ -54,6 +57,7 @@ class Residual(nn.Module):
         self.drop_path = drop_path
 
     def last_batch_norm(self) -> nn.BatchNorm2d:
+        """The one in front of the SE block."""
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> "Residual":
@@ -69,7 +73,7 @@ class Residual(nn.Module):
         return self.drop_scale(x), self.shortcut(x)
 
     def scripted_tail(self, input: Tensor, normalization: Normalization, x: Tensor) -> Tensor:
-        """The tail in a script; input is what the last convolution gave, x the block's input."""
+        """The tail in a script; input is what the last convolution gave, x the residual block's input."""
         drop_scale, shortcut = self.branches(x)
         return self.se._scripted_tail(input, normalization, "identity", drop_scale, shortcut, "relu")
 
@@ -84,7 +88,19 @@ class Residual(nn.Module):
 
 
 class BasicBlock(Residual):
-    """Two 3x3 convolutions (He et al. 2015, figure 5 left), SE behind the second one's batch norm."""
+    """Two 3x3 convolutions (He et al. 2015, figure 5 left), the SE block behind the second one's batch norm.
+
+    Args:
+        in_channels: of the input.
+        planes: channels of both convolutions and of the output.
+        stride: of the first convolution.
+        downsample: makes the shortcut of the input; None: the input itself.
+        reduction: C / M of the SE block; M is rounded to a multiple of 8.
+        se_bias: whether the SE block's layers have biases.
+        drop_path: the probability with which a sample loses the convolutions' branch in training.
+
+    Shape: [N, in_channels, H, W] → [N, planes, H / stride, W / stride], rounded up.
+    """
 
     expansion = 1
 
@@ -128,7 +144,14 @@ class BasicBlock(Residual):
 
 class Bottleneck(Residual):
     """1x1, 3x3 and 1x1 convolutions (He et al. 2015, figure 5 right; stride in the 3x3; grouped as in Xie et al. 2016),
-    SE behind the last one's batch norm."""
+    the SE block behind the last one's batch norm.
+
+    Args: those of BasicBlock, and
+        groups: of the 3x3 convolution (the cardinality).
+        base_width: channels per group and 64 planes.
+
+    Shape: [N, in_channels, H, W] → [N, 4 planes, H / stride, W / stride], rounded up.
+    """
 
     expansion = 4
 

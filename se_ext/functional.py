@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _ops
 
 # TorchScript reads these annotations, so they say Optional[Tensor]; and it has no keyword-only arguments with defaults.
-# It knows an op by its name, not by the overload behind it, so these functions call torch.ops.se_ext.name.
+# It knows no overloads, so these functions call the ops by name.
 # ruff: noqa: UP045
 
 
@@ -148,7 +148,7 @@ def squeeze_excite(
         post_activation: any activation, applied last.
         inplace: write the result into input. Inference only, and without a pre_bias or pre_activation.
         pre_bias: [C] or None, added before pre_activation; of input's dtype, or float32 beside a half-typed input.
-        pre_activation: any activation, applied to input before the block.
+        pre_activation: any activation, applied to input before the squeeze.
 
     Returns:
         Of input's shape, dtype and memory format; input itself if inplace.
