@@ -5,8 +5,7 @@ from ._loader import load as _load
 _load()
 
 from . import _C, _flops, functional, models, reference  # noqa: E402, F401
-from .batch_norm import bn_squeeze_excite  # noqa: E402
-from .functional import excite, rescale, squeeze, squeeze_excite  # noqa: E402
+from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
 
 _flops.register()

@@ -1,6 +1,6 @@
 """What torch.utils.flop_counter counts for the ops: the matrix products of the excitation's two layers, as it does for
-the plain block with its two convolutions or linear layers. It counts neither elementwise work nor pooling, so the other
-ops have no formula.
+the plain SE block with its two convolutions or linear layers. It counts neither elementwise work nor pooling, so the
+other ops have no formula.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 COUNTER = "torch.utils.flop_counter"
-# Those with matrix products of their own. (_bn_squeeze_excite_running is made of others, which are counted.)
+# The ops with matrix products of their own. (_bn_squeeze_excite_running calls others, which are counted.)
 COUNTED = (
     "excite",
     "squeeze_excite",
@@ -30,8 +30,9 @@ COUNTED = (
 )
 
 
-def product(rows: int, weight: Sequence[int]) -> int:
-    """A multiplication and an addition per row and weight; a gradient's product takes as many."""
+def product_flops(rows: int, weight: Sequence[int]) -> int:
+    """Of a layer's matrix product: a multiplication and an addition per row and weight. A gradient's product takes as
+    many."""
     return 2 * rows * prod(weight)
 
 
@@ -42,20 +43,22 @@ def formula_of(op: Any) -> Callable[..., int]:
     gradients = [result.name for result in op._schema.returns]
 
     def formula(*arguments: Any, **named: Any) -> int:
-        given = dict(zip(names, arguments, strict=False)) | named
-        rows = given["input" if "input" in names else "z"][0]
-        first, second = product(rows, given["w1"]), product(rows, given["w2"])
+        shapes = dict(zip(names, arguments, strict=False)) | named
+        rows = shapes["input" if "input" in names else "z"][0]
+        first, second = product_flops(rows, shapes["w1"]), product_flops(rows, shapes["w2"])
         if "mask" not in names:
             return first + second
-        wanted = {gradient for gradient, asked in zip(gradients, given["mask"], strict=True) if asked}
-        z = not wanted.isdisjoint(("input", "z", "bn_weight", "bn_bias"))
-        hidden = z or not wanted.isdisjoint(("w1", "b1"))
-        return first * (z + ("w1" in wanted)) + second * (hidden + ("w2" in wanted))
+        wanted = {gradient for gradient, asked in zip(gradients, shapes["mask"], strict=True) if asked}
+        # Backward reaches z for the gradients of what is in front of it, the hidden layer for those of w1 and b1 too.
+        reaches_z = not wanted.isdisjoint(("input", "z", "bn_weight", "bn_bias"))
+        reaches_hidden = reaches_z or not wanted.isdisjoint(("w1", "b1"))
+        return first * (reaches_z + ("w1" in wanted)) + second * (reaches_hidden + ("w2" in wanted))
 
     return formula
 
 
 def add_formulas(counter: Any) -> None:
+    """To torch.utils.flop_counter, the module."""
     for name in COUNTED:
         packet = getattr(torch.ops.se_ext, name)
         if packet not in counter.flop_registry:
@@ -83,7 +86,7 @@ class CounterFinder:
 
 
 def register() -> None:
-    """For the counter, whether it is imported already or will be."""
+    """Adds the formulas to the counter, whether it is imported already or will be."""
     if COUNTER in sys.modules:
         add_formulas(sys.modules[COUNTER])
     sys.meta_path.insert(0, CounterFinder())

@@ -24,7 +24,7 @@ def load() -> None:
     """Registers the ops; raises ImportError if the library is missing or belongs to another torch, or if another one
     has registered them."""
     try:
-        from . import _build
+        from . import _build  # written by setup.py; what is missing before a build is reported here
     except ImportError as error:
         raise ImportError(f"se_ext has not been built in {PACKAGE}; {advice()}") from error
     check_torch_version(_build.TORCH_VERSION, torch.__version__)

@@ -31,7 +31,7 @@ GATES: dict[str, type[nn.Module]] = {
 # Parameters of those modules that change the function, and the only values that the kernels compute.
 _FIXED = {"negative_slope": 0.01, "approximate": "none"}
 # torch.relu, torch.nn.functional.relu, torch.Tensor.relu, and the same in place: relu_.
-_FUNCTIONS: dict[Any, str] = {
+_NAMES_OF_FUNCTIONS: dict[Any, str] = {
     getattr(namespace, function): name
     for name in ACTIVATIONS | GATES
     for namespace in (torch, nn.functional, torch.Tensor)
@@ -55,10 +55,16 @@ _KINKS = (-3.0, 3.0, 6.0)
 
 
 def name_of(argument: str, activation: str | Callable[..., Any] | None, known: dict[str, type[nn.Module]]) -> str:
-    """The op's name for an activation given as a name, a module class, a module, a function, or None (identity).
+    """The op's name for an activation.
 
-    A module of torch.nn is known by its class, one of another library by what it computes. Raises ValueError for
-    anything that the kernels do not compute.
+    Args:
+        argument: whose value it is, for the message.
+        activation: a name, a module class, a module, a function, a callable that makes a module, or None (identity). A
+            module of torch.nn is known by its class, one of another library by what it computes.
+        known: ACTIVATIONS or GATES.
+
+    Raises:
+        ValueError: the kernels do not compute it; the message lists what they do.
     """
     if activation is None:
         return "identity"
@@ -68,7 +74,7 @@ def name_of(argument: str, activation: str | Callable[..., Any] | None, known: d
         raise ValueError(f"expected {argument} to be one of {', '.join(known)}, got {activation!r}")
     name = _function_name(activation)
     if name is None:
-        return _module_name(argument, _module(argument, activation, known), known)
+        return _module_name(argument, _made_module(argument, activation, known), known)
     if name in known:
         return name
     raise ValueError(f"{_expected(argument, known)}, got the function {name}")
@@ -76,12 +82,12 @@ def name_of(argument: str, activation: str | Callable[..., Any] | None, known: d
 
 def _function_name(activation: Any) -> str | None:
     try:
-        return _FUNCTIONS.get(activation)
+        return _NAMES_OF_FUNCTIONS.get(activation)
     except TypeError:  # not hashable
         return None
 
 
-def _module(argument: str, activation: Any, known: dict[str, type[nn.Module]]) -> nn.Module:
+def _made_module(argument: str, activation: Any, known: dict[str, type[nn.Module]]) -> nn.Module:
     """The module itself, or the one that a class or another callable makes."""
     if isinstance(activation, nn.Module):
         return activation

@@ -1,17 +1,19 @@
-"""The residual blocks of SE-ResNet and SE-ResNeXt, with the tail (batch norm, SE, shortcut, ReLU) as one op, and every
-other batch norm as one with the ReLU behind it.
+"""The residual blocks of SE-ResNet and SE-ResNeXt, with the tail (batch norm, SE block, shortcut, ReLU) as one op, and
+every other batch norm as one with the ReLU behind it.
 
 Under TorchScript the other batch norms are left as they are, for torch.jit.freeze to fold into the convolutions.
 """
 
 import math
 from functools import partial
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from ._fusion import batch_norm, check_scriptable, scripted_tail, tail
+from ._fusion import batch_norm, tail
+from ._known import check_scriptable, normalization_from
+from ._ops import Normalization
 from .modules import SqueezeExcitation
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
@@ -19,12 +21,15 @@ from .modules import SqueezeExcitation
 
 
 def squeezed_width(channels: int, reduction: float) -> int:
-    """The hidden width of timm's SEModule: channels / reduction to the nearest multiple of 8, at least 8."""
+    """The squeezed width of timm's SEModule: channels / reduction to the nearest multiple of 8, at least 8."""
     return max(8, int(channels / reduction + 4) // 8 * 8)
 
 
 class Projection(nn.Sequential):
-    """The shortcut where a block changes the shape: 1x1 convolution, batch norm."""
+    """The shortcut where a residual block changes the shape: 1x1 convolution, batch norm.
+
+    Shape: [N, in_channels, H, W] → [N, channels, H / stride, W / stride], rounded up.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
@@ -39,9 +44,11 @@ class Projection(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """What the two kinds of block share: the shortcut and stochastic depth."""
+    """What the two kinds of residual block share: the shortcut, stochastic depth and the tail."""
 
     expansion: int
+    if TYPE_CHECKING:  # TorchScript wants annotated modules to be interfaces
+        se: SqueezeExcitation
 
     def set_shortcut(self, downsample: nn.Module | None, drop_path: float) -> None:
         """Called last: timm's order of the parameters, on which an optimizer's checkpoint and the random numbers of the
@@ -50,6 +57,7 @@ class Residual(nn.Module):
         self.drop_path = drop_path
 
     def last_batch_norm(self) -> nn.BatchNorm2d:
+        """The one in front of the SE block."""
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> "Residual":
@@ -60,9 +68,14 @@ class Residual(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
 
-    def others(self, x: Tensor) -> tuple[Optional[Tensor], Tensor]:
+    def branches(self, x: Tensor) -> tuple[Optional[Tensor], Tensor]:
         """Stochastic depth and the shortcut, in timm's order."""
         return self.drop_scale(x), self.shortcut(x)
+
+    def scripted_tail(self, input: Tensor, normalization: Normalization, x: Tensor) -> Tensor:
+        """The tail in a script; input is what the last convolution gave, x the residual block's input."""
+        drop_scale, shortcut = self.branches(x)
+        return self.se._scripted_tail(input, normalization, "identity", drop_scale, shortcut, "relu")
 
     def drop_scale(self, x: Tensor) -> Optional[Tensor]:
         """[N]: 0 for a dropped sample, 1 / keep probability for the others; None where none is to be dropped."""
@@ -75,7 +88,19 @@ class Residual(nn.Module):
 
 
 class BasicBlock(Residual):
-    """Two 3x3 convolutions (He et al. 2015, figure 5 left), SE behind the second one's batch norm."""
+    """Two 3x3 convolutions (He et al. 2015, figure 5 left), the SE block behind the second one's batch norm.
+
+    Args:
+        in_channels: of the input.
+        planes: channels of both convolutions and of the output.
+        stride: of the first convolution.
+        downsample: makes the shortcut of the input; None: the input itself.
+        reduction: C / M of the SE block; M is rounded to a multiple of 8.
+        se_bias: whether the SE block's layers have biases.
+        drop_path: the probability with which a sample loses the convolutions' branch in training.
+
+    Shape: [N, in_channels, H, W] → [N, planes, H / stride, W / stride], rounded up.
+    """
 
     expansion = 1
 
@@ -107,35 +132,26 @@ class BasicBlock(Residual):
             modules: Any = self._modules
             out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
             out = self.conv2(out)
-            return tail(modules["bn2"], modules["se"], out, partial(self.others, x), "identity", "relu")
+            return tail(modules["bn2"], modules["se"], out, partial(self.branches, x), "identity", "relu")
         out = self.act1(self.bn1(self.conv1(x)))
-        return scripted_tail(
-            self.conv2(out),
-            self.bn2.weight,
-            self.bn2.bias,
-            self.bn2.running_mean,
-            self.bn2.running_var,
-            self.bn2.num_batches_tracked,
-            self.bn2.momentum,
-            self.bn2.eps,
-            self.bn2.training,
-            self.bn2.track_running_stats,
-            self.se.fc1.weight,
-            self.se.fc1.bias,
-            self.se.fc2.weight,
-            self.se.fc2.bias,
-            "identity",
-            self.se.activation,
-            self.se.scale_activation,
-            self.shortcut(x),
-            "relu",
-            self.drop_scale(x),
+        bn = self.bn2
+        buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        normalization = normalization_from(
+            bn.weight, bn.bias, buffers, bn.training, bn.track_running_stats, bn.momentum, bn.eps
         )
+        return self.scripted_tail(self.conv2(out), normalization, x)
 
 
 class Bottleneck(Residual):
     """1x1, 3x3 and 1x1 convolutions (He et al. 2015, figure 5 right; stride in the 3x3; grouped as in Xie et al. 2016),
-    SE behind the last one's batch norm."""
+    the SE block behind the last one's batch norm.
+
+    Args: those of BasicBlock, and
+        groups: of the 3x3 convolution (the cardinality).
+        base_width: channels per group and 64 planes.
+
+    Shape: [N, in_channels, H, W] → [N, 4 planes, H / stride, W / stride], rounded up.
+    """
 
     expansion = 4
 
@@ -175,28 +191,12 @@ class Bottleneck(Residual):
             out = batch_norm(modules["bn1"], modules["act1"], self.conv1(x))
             out = batch_norm(modules["bn2"], modules["act2"], self.conv2(out))
             out = self.conv3(out)
-            return tail(modules["bn3"], modules["se"], out, partial(self.others, x), "identity", "relu")
+            return tail(modules["bn3"], modules["se"], out, partial(self.branches, x), "identity", "relu")
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.act2(self.bn2(self.conv2(out)))
-        return scripted_tail(
-            self.conv3(out),
-            self.bn3.weight,
-            self.bn3.bias,
-            self.bn3.running_mean,
-            self.bn3.running_var,
-            self.bn3.num_batches_tracked,
-            self.bn3.momentum,
-            self.bn3.eps,
-            self.bn3.training,
-            self.bn3.track_running_stats,
-            self.se.fc1.weight,
-            self.se.fc1.bias,
-            self.se.fc2.weight,
-            self.se.fc2.bias,
-            "identity",
-            self.se.activation,
-            self.se.scale_activation,
-            self.shortcut(x),
-            "relu",
-            self.drop_scale(x),
+        bn = self.bn3
+        buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        normalization = normalization_from(
+            bn.weight, bn.bias, buffers, bn.training, bn.track_running_stats, bn.momentum, bn.eps
         )
+        return self.scripted_tail(self.conv3(out), normalization, x)

@@ -1,7 +1,7 @@
-"""SE-ResNet and SE-ResNeXt, with the tail of every block (batch norm, SE, shortcut, ReLU) as one op, and every other
-batch norm as one with the ReLU behind it.
+"""SE-ResNet and SE-ResNeXt, with the tail of every residual block (batch norm, SE block, shortcut, ReLU) as one op, and
+every other batch norm as one with the ReLU behind it.
 
-A batch norm, ReLU or SE module with hooks or a class of its own is called (see _fusion.py); what is around it stays
+A batch norm, ReLU or SE block with hooks or a class of its own is called (see _known.py); what is around it stays
 fused. `se` may be replaced by any module, or by None. Under TorchScript the other batch norms are left as they are, for
 torch.jit.freeze to fold into the convolutions.
 
@@ -84,11 +84,11 @@ def absolute_indices(indices: int | Sequence[int] | None, count: int) -> list[in
 
 
 class SEResNet(nn.Module):
-    r"""A residual network with Squeeze-and-Excitation in every block.
+    r"""A residual network with Squeeze-and-Excitation in every residual block.
 
     Args:
-        block: BasicBlock or Bottleneck.
-        layers: blocks per stage; the stages are 64, 128, 256 and 512 planes wide.
+        block: the residual block, BasicBlock or Bottleneck.
+        layers: residual blocks per stage; the stages are 64, 128, 256 and 512 planes wide.
         num_classes: of the classifier `fc`; 0 for none, the network then gives the pooled features.
         in_chans: channels of the images.
         global_pool: "avg", "max", "avgmax" (half the sum of both), "catavgmax" (both, twice the features), or "" for
@@ -96,8 +96,8 @@ class SEResNet(nn.Module):
         reduction: C / M of the SE blocks; M is rounded to a multiple of 8.
         se_bias: whether the SE blocks' layers have biases (timm's have, the paper's have none).
         drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth; the last block's drop probability, the first block's being 0.
-        zero_init_last: whether each block's last batch norm starts at zero, the block as its shortcut.
+        drop_path_rate: stochastic depth; the last residual block's drop probability, the first one's being 0.
+        zero_init_last: whether each residual block starts as its shortcut, its last batch norm at zero.
         block_options: groups and base_width of a Bottleneck.
 
     Shape:
@@ -135,8 +135,8 @@ class SEResNet(nn.Module):
         self.act1 = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         options = {"reduction": reduction, "se_bias": se_bias, **block_options}
-        blocks = sum(layers)
-        drop_paths = iter([drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)])
+        depth = sum(layers)
+        drop_paths = iter([drop_path_rate * i / max(1, depth - 1) for i in range(depth)])
         width = block.expansion
 
         def stage(in_channels: int, planes: int, stride: int, count: int) -> nn.Sequential:
@@ -172,7 +172,7 @@ class SEResNet(nn.Module):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Kaiming normal convolutions; each block's last batch norm starts at zero, the block as its shortcut."""
+        """Kaiming normal convolutions; each residual block starts as its shortcut, its last batch norm at zero."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -187,7 +187,7 @@ class SEResNet(nn.Module):
         return self.act1(self.bn1(self.conv1(x)))
 
     def forward_stage(self, name: str, x: Tensor) -> Tensor:
-        """One of layer1 to layer4; with checkpointing on, block by block."""
+        """One of layer1 to layer4; with checkpointing on, each of its residual blocks by itself."""
         stage: Any = self._modules[name]
         if not self.grad_checkpointing:
             return stage(x)
@@ -284,8 +284,8 @@ class SEResNet(nn.Module):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a training step keeps the blocks' inputs only and computes each block again in backward. As in timm's
-        networks, the running statistics of the blocks' batch norms then move twice in a step."""
+        """Whether a training step keeps only the inputs of the residual blocks and computes each of them again in
+        backward. As in timm's networks, the running statistics of their batch norms then move twice in a step."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]

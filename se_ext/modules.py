@@ -1,18 +1,19 @@
-"""The block as a module, a drop-in for torchvision's and timm's; and with the batch norm before it."""
+"""The SE block as a module, a drop-in for torchvision's and timm's; and with the batch norm before it."""
 
 # Annotations are evaluated here (no `from __future__ import annotations`): torch.fx writes those of a traced module's
 # forward into its code, and torch.save cannot write strings there.
 import operator
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Optional, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from ._fusion import BLOCKS, called_block, check_scriptable, excitation_of, given, scripted_tail, tail
+from . import _ops, functional
+from ._fusion import called_block, tail
+from ._known import SE_BLOCKS, check_scriptable, excitation_of, normalization_from
 from ._names import ACTIVATIONS, GATES, name_of
+from ._ops import Excitation, Normalization
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
 # ruff: noqa: UP045
@@ -69,14 +70,9 @@ def _is_number_of_channels(size: int, channels: int) -> bool:
 
 def _is_known_to_be(size: int | torch.SymInt, number: int) -> bool:
     """False for a dynamic size, whose comparison would exclude the number from what the exported program accepts."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, for exporters alone
 
     return statically_known_true(size == number)
-
-
-# A call of an op's overload takes 0.3 µs less than a call of the op by its name.
-_squeeze_excite = torch.ops.se_ext.squeeze_excite.default
-_squeeze_excite_in_place = torch.ops.se_ext.squeeze_excite_.default
 
 
 class SqueezeExcitation(nn.Module):
@@ -159,36 +155,53 @@ class SqueezeExcitation(nn.Module):
                 if _is_unbatched(input, state["input_channels"], state["dims"]):
                     output = self.forward(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0))
                     return input if state["inplace"] and not torch.is_grad_enabled() else output.squeeze(0)
-            excitation: Any = excitation_of(state["_modules"])
-            if excitation is None:
+            known: Any = excitation_of(state["_modules"])
+            if known is None:
                 return called_block(self, input, residual)
-            w1, b1, w2, b2 = excitation
+            w1, b1, w2, b2 = known
             activation, gate, post = state["activation"], state["scale_activation"], state["post_activation"]
             if state["inplace"] and not torch.is_grad_enabled():
-                _squeeze_excite_in_place(input, w1, b1, w2, b2, activation, gate, residual, post)
+                _ops.squeeze_excite_(input, w1, b1, w2, b2, activation, gate, residual, post)
                 return input
-            return _squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post)
+            return _ops.squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post)
         unbatched = _is_unbatched(input, self.input_channels, self.dims)
         batch = input
         if unbatched:
             batch = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
         in_place = self.inplace and not torch.is_grad_enabled()
+        excitation = self._scripted_excitation()
         output = functional.squeeze_excite(
-            batch,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            self.activation,
-            self.scale_activation,
-            residual,
-            self.post_activation,
-            in_place,
+            batch, *excitation, self.activation, self.scale_activation, residual, self.post_activation, in_place
         )
         if unbatched:
             return input if in_place else output.squeeze(0)
         return output
+
+    def _scripted_excitation(self) -> Excitation:
+        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+
+    def _scripted_tail(
+        self,
+        input: Tensor,
+        normalization: Normalization,
+        pre_activation: str,
+        drop_scale: Optional[Tensor],
+        residual: Optional[Tensor],
+        post_activation: str,
+    ) -> Tensor:
+        """What _fusion.tail computes, for the scripts of the modules that have this block behind a batch norm."""
+        return _ops.squeeze_excite_behind_batch_norm(
+            input,
+            normalization,
+            self._scripted_excitation(),
+            pre_activation,
+            self.activation,
+            self.scale_activation,
+            residual,
+            post_activation,
+            drop_scale,
+        )
 
     def __prepare_scriptable__(self) -> "SqueezeExcitation":
         check_scriptable(self, None, self)
@@ -227,7 +240,7 @@ class SqueezeExcitation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-BLOCKS.add(SqueezeExcitation)
+SE_BLOCKS.add(SqueezeExcitation)
 
 
 class BatchNormSqueezeExcitation(nn.Module):
@@ -294,29 +307,14 @@ class BatchNormSqueezeExcitation(nn.Module):
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             modules: Any = self._modules
             pre, post = self.pre_activation, self.post_activation
-            return tail(modules["bn"], modules["se"], input, partial(given, drop_scale, residual), pre, post)
-        return scripted_tail(
-            input,
-            self.bn.weight,
-            self.bn.bias,
-            self.bn.running_mean,
-            self.bn.running_var,
-            self.bn.num_batches_tracked,
-            self.bn.momentum,
-            self.bn.eps,
-            self.bn.training,
-            self.bn.track_running_stats,
-            self.se.fc1.weight,
-            self.se.fc1.bias,
-            self.se.fc2.weight,
-            self.se.fc2.bias,
-            self.pre_activation,
-            self.se.activation,
-            self.se.scale_activation,
-            residual,
-            self.post_activation,
-            drop_scale,
+            return tail(modules["bn"], modules["se"], input, (drop_scale, residual), pre, post)
+        bn = self.bn
+        buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        normalization = normalization_from(
+            bn.weight, bn.bias, buffers, bn.training, bn.track_running_stats, bn.momentum, bn.eps
         )
+        pre, post = self.pre_activation, self.post_activation
+        return self.se._scripted_tail(input, normalization, pre, drop_scale, residual, post)
 
     def __prepare_scriptable__(self) -> "BatchNormSqueezeExcitation":
         check_scriptable(self, self.bn, self.se)

@@ -1,0 +1,113 @@
+"""The ops as this package calls them. The schemas are in csrc/library.cpp.
+
+The two ops with most arguments are called here alone, by functions that take them in groups.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+# TorchScript reads these annotations, so they say Optional[Tensor].
+# ruff: noqa: UP045
+
+# Called by their overloads, which takes less time than to call them by name.
+squeeze = torch.ops.se_ext.squeeze.default
+rescale = torch.ops.se_ext.rescale.default
+rescale_ = torch.ops.se_ext.rescale_.default
+squeeze_excite = torch.ops.se_ext.squeeze_excite.default
+squeeze_excite_ = torch.ops.se_ext.squeeze_excite_.default
+bn_activation_running = torch.ops.se_ext._bn_activation_running.default
+# Called by name: TorchScript knows no overloads.
+bn_squeeze_excite = torch.ops.se_ext.bn_squeeze_excite
+bn_squeeze_excite_running = torch.ops.se_ext._bn_squeeze_excite_running
+
+Excitation = tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]
+"""w1, b1, w2, b2"""
+
+Normalization = tuple[
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    bool,
+    Optional[float],
+    float,
+]
+"""bn_weight, bn_bias, running_mean, running_var, num_batches_tracked (each [C] or None, the last one a count), whether
+to normalise by the statistics of the batch, momentum (None: the average of all batches), eps"""
+
+
+def squeeze_excite_behind_batch_norm(
+    input: Tensor,
+    normalization: Normalization,
+    excitation: Excitation,
+    pre_activation: str,
+    activation: str,
+    gate: str,
+    residual: Optional[Tensor],
+    post_activation: str,
+    drop_scale: Optional[Tensor],
+) -> Tensor:
+    """functional.bn_squeeze_excite with what a batch norm module holds: it counts the batches, and averages over all of
+    them where momentum is None."""
+    bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, batch_statistics, momentum, eps = normalization
+    w1, b1, w2, b2 = excitation
+    return bn_squeeze_excite_running(
+        input,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        w1,
+        b1,
+        w2,
+        b2,
+        batch_statistics,
+        momentum,
+        eps,
+        pre_activation,
+        activation,
+        gate,
+        residual,
+        post_activation,
+        drop_scale,
+    )
+
+
+def squeeze_excite_behind_activation(
+    input: Tensor,
+    pre_bias: Optional[Tensor],
+    excitation: Excitation,
+    pre_activation: str,
+    activation: str,
+    gate: str,
+    residual: Optional[Tensor],
+    post_activation: str,
+    drop_scale: Optional[Tensor],
+) -> Tensor:
+    """squeeze_excite of pre_activation(input + pre_bias), with a drop_scale [N]: the op of the batch norm, without its
+    statistics and with pre_bias as its bias."""
+    w1, b1, w2, b2 = excitation
+    output, _, _ = bn_squeeze_excite(
+        input,
+        None,
+        pre_bias,
+        w1,
+        b1,
+        w2,
+        b2,
+        False,
+        0.0,
+        pre_activation,
+        activation,
+        gate,
+        residual,
+        post_activation,
+        drop_scale,
+    )
+    return output
