@@ -1,5 +1,4 @@
-// What the ops return and in which layout: shared by the adapters and the fake kernels, so that the strides of a
-// traced graph are those of the real run.
+// Which layout an op's outputs have, and which type. Sizes are symbolic where the input's are.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,0 +1,47 @@
+// The activations and gates, one list for both. Torch-free: shared by the op layer and by the kernels of the CPU and of
+// CUDA, whose arithmetic is in cpu/kernels/activations.h and cuda/kernels/activations.cuh.
+#pragma once
+
+#include <cstdint>
+
+namespace se_ext {
+
+enum class Activation : std::uint8_t {
+  Identity,
+  Relu,
+  Relu6,
+  Silu,
+  Gelu,
+  Hardswish,
+  LeakyRelu,
+  Tanh,
+  Sigmoid,
+  Hardsigmoid,
+};
+
+// In the order of the enum: the public name, and where it is allowed. The slope of every gate follows from its output,
+// so that backward needs the scale alone.
+struct NamedActivation {
+  const char* name;
+  bool is_activation;
+  bool is_gate;
+};
+static constexpr NamedActivation kActivations[] = {
+    {"identity", true, true},    {"relu", true, true},        {"relu6", true, false}, {"silu", true, false},
+    {"gelu", true, false},       {"hardswish", true, false},  {"leaky_relu", true, false}, {"tanh", true, true},
+    {"sigmoid", true, true},     {"hardsigmoid", false, true},
+};
+
+static constexpr double kLeakySlope = 0.01;
+
+// True where the slope follows from the activation's output, so that backward needs no input: y is saved, or s.
+static constexpr bool slope_from_output(Activation a) {
+  return a != Activation::Silu && a != Activation::Gelu && a != Activation::Hardswish;
+}
+
+// A few instructions, so that a pass with it waits for memory alone.
+static constexpr bool is_cheap(Activation a) {
+  return a == Activation::Identity || a == Activation::Relu || a == Activation::Relu6 || a == Activation::LeakyRelu;
+}
+
+}  // namespace se_ext
