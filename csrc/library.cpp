@@ -1,5 +1,5 @@
-// Every op of se_ext, on one screen. Arguments as structs: ops/ops.h · kernels: cpu/, cuda/ · at the other dispatch keys:
-// keys/, one file a key · in terms of other ops: batch_norm/.
+// Every op of se_ext, on one screen. Arguments as structs: ops/ops.h · kernels: cpu/, cuda/ · at the other dispatch
+// keys: keys/, one file a key · in terms of other ops: batch_norm/.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
@@ -58,9 +58,9 @@ TORCH_LIBRARY(se_ext, m) {
       tags);
 
   // For autograd: forward ops that leave what backward needs, and backward ops, whose arguments are the gradient, those
-  // of forward, what forward left, and a mask that says which gradients are wanted; the others come back as None. In the
-  // place of the residual, `saved` is the output where post_activation's slope follows from it, else the residual; None
-  // without a residual.
+  // of forward, what forward left, and a mask that says which gradients are wanted; the others come back as None. In
+  // the place of the residual, `saved` is the output where post_activation's slope follows from it, else the residual;
+  // None without a residual.
   m.def(
       "_excite_forward(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate) "
       "-> (Tensor output, Tensor hidden)",

@@ -159,19 +159,32 @@ Tensor bn_squeeze_excite(const Tensor& input, const OptionalTensor& weight, cons
                          const OptionalTensor& residual, std::string_view post_activation,
                          const OptionalTensor& drop_scale) {
   const BatchNormModule bn{weight,   bias, "bn_weight", "bn_bias", {running_mean, running_var, batches, momentum},
-                     training, eps};
-  return with_running_statistics(
-      "bn_squeeze_excite", input, bn, [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
-        return ops::bn_squeeze_excite({input, a, b, w1, b1, w2, b2, batch_statistics, eps, pre_activation, activation,
-                                       gate, {residual, post_activation}, drop_scale});
-      });
+                           training, eps};
+  return with_running_statistics("bn_squeeze_excite", input, bn,
+                                 [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
+                                   return ops::bn_squeeze_excite({input,
+                                                                  a,
+                                                                  b,
+                                                                  w1,
+                                                                  b1,
+                                                                  w2,
+                                                                  b2,
+                                                                  batch_statistics,
+                                                                  eps,
+                                                                  pre_activation,
+                                                                  activation,
+                                                                  gate,
+                                                                  {residual, post_activation},
+                                                                  drop_scale});
+                                 });
 }
 
 Tensor bn_activation(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
                      const OptionalTensor& batches, bool training, std::optional<double> momentum, double eps,
                      std::string_view activation) {
-  const BatchNormModule bn{weight, bias, "weight", "bias", {running_mean, running_var, batches, momentum}, training, eps};
+  const BatchNormModule bn{weight,   bias, "weight", "bias", {running_mean, running_var, batches, momentum},
+                           training, eps};
   return with_running_statistics("bn_activation", input, bn,
                                  [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
                                    return ops::_bn_activation({input, a, b, batch_statistics, eps, activation});

@@ -261,8 +261,9 @@ std::array<Tensor, 8> compute(const ops::BnSqueezeExciteBackward& a) {
   const Tensor x = stand_in(f.input), w1 = stand_in(f.w1), w2 = stand_in(f.w2);
   const OptionalTensor weight = stand_in(f.bn_weight), bias = stand_in(f.bn_bias);
   const OptionalTensor b1 = stand_in(f.b1), b2 = stand_in(f.b2);
-  const ops::BnSqueezeExcite forward{x,  weight, bias, w1, b1, w2, b2, f.batch_statistics, f.eps, f.pre_activation,
-                                     f.activation, f.gate, f.tail, f.drop_scale};
+  const ops::BnSqueezeExcite forward{
+      x,     weight,           bias,         w1,     b1,     w2,          b2, f.batch_statistics,
+      f.eps, f.pre_activation, f.activation, f.gate, f.tail, f.drop_scale};
   const auto v = [&](const OptionalTensor& residual) {
     return weighed(forward, names, prologue(x, forward.norm(), names.pre).u, residual);
   };

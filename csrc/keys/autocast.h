@@ -24,9 +24,7 @@ class Autocast {
 
   // The dtypes that a map and a weight run in.
   at::ScalarType map_type(const Tensor& t) const { return to_ && is_castable(t) ? *to_ : t.scalar_type(); }
-  at::ScalarType weight_type(const Tensor& t) const {
-    return t.scalar_type() == at::kFloat ? at::kFloat : map_type(t);
-  }
+  at::ScalarType weight_type(const Tensor& t) const { return t.scalar_type() == at::kFloat ? at::kFloat : map_type(t); }
 
   // f(arguments), cast by their roles.
   template <class A, class F>
@@ -55,9 +53,7 @@ class Autocast {
   }
 
   // Without a call of the dispatcher where there is nothing to cast.
-  static Tensor in_type(const Tensor& t, at::ScalarType type) {
-    return t.scalar_type() == type ? t : t.to(type);
-  }
+  static Tensor in_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
   static bool is_castable(const Tensor& t) { return t.is_floating_point() && t.scalar_type() != at::kDouble; }
 
   c10::DeviceType device_;

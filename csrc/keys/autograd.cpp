@@ -32,9 +32,8 @@ bool has_tangent(const Tensor& t) {
 template <class A, class F>
 bool any_differentiable(const A& a, const F& holds) {
   bool any = false;
-  checks::for_each_present(a, [&](const TensorInfo& info, const Tensor& t) {
-    any = any || (info.is_differentiable() && holds(t));
-  });
+  checks::for_each_present(
+      a, [&](const TensorInfo& info, const Tensor& t) { any = any || (info.is_differentiable() && holds(t)); });
   return any;
 }
 template <class A, class F>
@@ -127,6 +126,10 @@ struct Kept {
   variable_list tensors;
   std::vector<c10::IValue> options;
 
+  Kept() {  // room for those of the op that has most
+    tensors.reserve(16);
+    options.reserve(8);
+  }
   void add(const Tensor& t) { tensors.push_back(t); }
   void add(const OptionalTensor& t) { tensors.push_back(t.value_or(Tensor())); }
   void add(std::string_view name) { options.emplace_back(std::string(name)); }
@@ -135,10 +138,9 @@ struct Kept {
 };
 
 // The same read back, one after the other.
-template <class Options>
 struct Reader {
   const variable_list& tensors;
-  const Options& options;
+  c10::ArrayRef<c10::IValue> options;
   std::size_t tensor = 0;
   std::size_t option = 0;
 
@@ -161,9 +163,9 @@ struct Reader {
 };
 
 // The values of a flat list, which reader gives in this order: braces are evaluated from left to right.
-template <class Reader, class... P>
+template <class... P>
 std::tuple<std::remove_cvref_t<P>...> read_all(Reader& reader, std::type_identity<std::tuple<P...>>) {
-  return {reader.template next<std::remove_cvref_t<P>>()...};
+  return {reader.next<std::remove_cvref_t<P>>()...};
 }
 
 template <class Recorded>
@@ -201,11 +203,10 @@ struct Node : torch::autograd::Function<Node<Recorded>> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list tensors = ctx->get_saved_variables();
-    const auto& options = ctx->saved_data["options"].toTupleRef().elements();
-    Reader<std::remove_cvref_t<decltype(options)>> reader{tensors, options};
+    Reader reader{tensors, ctx->saved_data["options"].toTupleRef().elements().asArrayRef()};
     const auto arguments = read_all(reader, std::type_identity<Flat<A>>());
     const auto left = read_all(reader, std::type_identity<SavedTensors>());
-    const bool has_residual = kHasTail && reader.template next<bool>();
+    const bool has_residual = kHasTail && reader.next<bool>();
 
     // Of forward's tensors, absent ones want no gradient, and autograd doesn't count them.
     std::array<bool, kGradients> mask{};
@@ -221,8 +222,9 @@ struct Node : torch::autograd::Function<Node<Recorded>> {
       passes_on = mask[kResidual] && a.tail.post_activation == "identity";
       if (passes_on) mask[kResidual] = false;
     }
-    const auto computed = std::apply([](const auto&... argument) { return decltype(Recorded::backward)::call(argument...); },
-                                     std::tuple_cat(std::tie(grads[0]), arguments, left, std::tie(mask)));
+    const auto computed =
+        std::apply([](const auto&... argument) { return decltype(Recorded::backward)::call(argument...); },
+                   std::tuple_cat(std::tie(grads[0]), arguments, left, std::tie(mask)));
     std::array<Tensor, kGradients> gradients =
         std::apply([](const auto&... gradient) { return std::array{gradient...}; }, computed);
     if constexpr (kHasTail) {
@@ -257,8 +259,8 @@ typename decltype(Recorded::op)::Result record(const typename decltype(Recorded:
   if (needs_formula(a)) return formula::compute(a);
   if (!any_differentiable(a, is_recorded)) return below_autograd<Op>(a);
   typename Node<Recorded>::Results results;
-  Tensor output = std::apply(
-      [&](const auto&... argument) { return Node<Recorded>::apply(results, argument...); }, a.flat());
+  Tensor output =
+      std::apply([&](const auto&... argument) { return Node<Recorded>::apply(results, argument...); }, a.flat());
   std::get<0>(results) = std::move(output);
   if constexpr (std::tuple_size_v<decltype(results)> == 1) {
     return std::get<0>(results);
@@ -313,9 +315,8 @@ TORCH_LIBRARY_IMPL(se_ext, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(se_ext, ADInplaceOrView, m) {
-  ops::for_each(ops::in_place, [&](auto op) {
-    m.impl(op.name, torch::CppFunction::makeFromBoxedFunction<&count_the_write>());
-  });
+  ops::for_each(ops::in_place,
+                [&](auto op) { m.impl(op.name, torch::CppFunction::makeFromBoxedFunction<&count_the_write>()); });
 }
 
 }  // namespace

@@ -19,17 +19,18 @@ enum class Activation : std::uint8_t {
   Hardsigmoid,
 };
 
-// In the order of the enum: the public name, and where it is allowed. The slope of every gate follows from its output,
-// so that backward needs the scale alone.
-struct NamedActivation {
-  const char* name;
-  bool is_activation;
-  bool is_gate;
+// The public names, in the order of the enum.
+static constexpr const char* kActivationNames[] = {"identity",  "relu",       "relu6", "silu",    "gelu",
+                                                   "hardswish", "leaky_relu", "tanh",  "sigmoid", "hardsigmoid"};
+
+// Which are allowed as an activation, and which as a gate. The slope of every gate follows from its output, so that
+// backward needs the scale alone.
+static constexpr Activation kActivations[] = {
+    Activation::Identity,  Activation::Relu,      Activation::Relu6, Activation::Silu,    Activation::Gelu,
+    Activation::Hardswish, Activation::LeakyRelu, Activation::Tanh,  Activation::Sigmoid,
 };
-static constexpr NamedActivation kActivations[] = {
-    {"identity", true, true},    {"relu", true, true},        {"relu6", true, false}, {"silu", true, false},
-    {"gelu", true, false},       {"hardswish", true, false},  {"leaky_relu", true, false}, {"tanh", true, true},
-    {"sigmoid", true, true},     {"hardsigmoid", false, true},
+static constexpr Activation kGates[] = {
+    Activation::Sigmoid, Activation::Hardsigmoid, Activation::Tanh, Activation::Relu, Activation::Identity,
 };
 
 static constexpr double kLeakySlope = 0.01;

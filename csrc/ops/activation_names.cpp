@@ -2,32 +2,30 @@
 
 #include <c10/util/Exception.h>
 
-#include <iterator>
+#include <span>
 #include <string>
 
 namespace se_ext {
 namespace {
 
-template <class Allowed>
-Activation parse(const char* op, const char* argument, std::string_view name, const Allowed& is_allowed) {
-  for (std::size_t i = 0; i < std::size(kActivations); ++i) {
-    if (kActivations[i].name == name && is_allowed(kActivations[i])) return static_cast<Activation>(i);
+Activation parse(const char* op, const char* argument, std::span<const Activation> allowed, std::string_view name) {
+  const auto name_of = [](Activation a) { return kActivationNames[static_cast<int>(a)]; };
+  for (const Activation a : allowed) {
+    if (name_of(a) == name) return a;
   }
   std::string names;
-  for (const NamedActivation& known : kActivations) {
-    if (is_allowed(known)) names += (names.empty() ? "" : ", ") + std::string(known.name);
-  }
+  for (const Activation a : allowed) names += (names.empty() ? "" : ", ") + std::string(name_of(a));
   TORCH_CHECK_VALUE(false, op, ": expected ", argument, " to be one of ", names, ", got \"", name, "\"");
 }
 
 }  // namespace
 
 Activation parse_activation(const char* op, const char* argument, std::string_view name) {
-  return parse(op, argument, name, [](const NamedActivation& a) { return a.is_activation; });
+  return parse(op, argument, kActivations, name);
 }
 
 Activation parse_gate(const char* op, std::string_view name) {
-  return parse(op, "gate", name, [](const NamedActivation& a) { return a.is_gate; });
+  return parse(op, "gate", kGates, name);
 }
 
 }  // namespace se_ext

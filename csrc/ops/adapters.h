@@ -1,6 +1,6 @@
-// What every op does on every backend, in one order: check, guard, allocate, run. Backend<Device> runs; the fake kernels
-// (Fake: meta tensors, FakeTensorMode, torch.compile, torch.export) run nothing, so that the errors, shapes and strides
-// of a traced graph are those of the real run.
+// What every op does on every backend, in one order: check, guard, allocate, run. Backend<Device> runs; the fake
+// kernels (Fake: meta tensors, FakeTensorMode, torch.compile, torch.export) run nothing, so that the errors, shapes and
+// strides of a traced graph are those of the real run.
 #pragma once
 
 #include <array>
@@ -99,8 +99,7 @@ struct Adapters {
     const Guard guard(a.input);
     const Tensor& z = a.input;
     Tensor scale = empty_matrix(z.sym_size(0), z.sym_size(1), z, z.scalar_type());
-    Tensor hidden =
-        empty_matrix(z.sym_size(0), a.excitation.w1.sym_size(0), z, accumulation_type(z.scalar_type()));
+    Tensor hidden = empty_matrix(z.sym_size(0), a.excitation.w1.sym_size(0), z, accumulation_type(z.scalar_type()));
     if constexpr (runs) Run::excite(a, names, scale, hidden);
     return {scale, hidden};
   }

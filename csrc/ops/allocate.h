@@ -33,4 +33,15 @@ inline at::Tensor empty_matrix(c10::SymInt rows, c10::SymInt columns, const at::
   return at::empty_symint({std::move(rows), std::move(columns)}, like.options().dtype(type));
 }
 
+// An output that is computed in another type: the output itself where it has that type.
+struct InType {
+  at::Tensor output, tensor;
+
+  InType(const at::Tensor& to, at::ScalarType type)
+      : output(to), tensor(to.scalar_type() == type ? to : at::empty_like(to, to.options().dtype(type))) {}
+  void write_back() const {
+    if (!tensor.is_same(output)) output.copy_(tensor);
+  }
+};
+
 }  // namespace se_ext

@@ -37,8 +37,8 @@ struct Excitation {
   auto flat() const { return flat_list(w1, b1, w2, b2, activation, gate); }
 };
 
-// y = post(v + residual). In a backward op, `residual` is what forward saved in its place: the output where post's slope
-// follows from it; nothing without a residual.
+// y = post(v + residual). In a backward op, `residual` is what forward saved in its place: the output where post's
+// slope follows from it; nothing without a residual.
 struct Tail {
   const OptionalTensor& residual;
   std::string_view post_activation;
@@ -69,8 +69,8 @@ struct SavedStatistics {
   auto flat() const { return flat_list(mean, inverse); }
 };
 
-// The arguments of a backward op: dL/dy, what forward was called with, what it saved, and which gradients are wanted, in
-// the order of forward's differentiable tensors.
+// The arguments of a backward op: dL/dy, what forward was called with, what it saved, and which gradients are wanted,
+// in the order of forward's differentiable tensors.
 template <class Forward_, class Saved_, std::size_t gradients>
 struct Backward {
   using Forward = Forward_;
@@ -124,8 +124,7 @@ struct Rescale {
   const Tensor& scale;
   Tail tail;
 
-  static constexpr TensorInfo tensors[] = {
-      {"input", Role::Map}, {"scale", Role::Weight}, {"residual", Role::Residual}};
+  static constexpr TensorInfo tensors[] = {{"input", Role::Map}, {"scale", Role::Weight}, {"residual", Role::Residual}};
   static constexpr const char* name = "rescale";
   auto flat() const { return std::tuple_cat(flat_list(input, scale), tail.flat()); }
   Activations check(const char* op = name) const;
@@ -163,14 +162,14 @@ struct BnSqueezeExcite {
   BatchNorm norm() const { return {bn_weight, bn_bias, batch_statistics, eps}; }
 
   static constexpr TensorInfo tensors[] = {
-      {"input", Role::Map}, {"bn_weight", Role::Weight}, {"bn_bias", Role::Weight},
-      {"w1", Role::Weight}, {"b1", Role::Weight},        {"w2", Role::Weight},
+      {"input", Role::Map}, {"bn_weight", Role::Weight},  {"bn_bias", Role::Weight},
+      {"w1", Role::Weight}, {"b1", Role::Weight},         {"w2", Role::Weight},
       {"b2", Role::Weight}, {"residual", Role::Residual}, {"drop_scale", Role::Drawn}};
   static constexpr const char* name = "bn_squeeze_excite";
   auto flat() const {
-    return std::tuple_cat(flat_list(input, bn_weight, bn_bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
-                                    activation, gate),
-                          tail.flat(), flat_list(drop_scale));
+    return std::tuple_cat(
+        flat_list(input, bn_weight, bn_bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation, activation, gate),
+        tail.flat(), flat_list(drop_scale));
   }
   Activations check(const char* op = name) const;
 };
@@ -205,7 +204,6 @@ struct SavedBnSqueezeExcite {
 
   auto flat() const { return std::tuple_cat(statistics.flat(), flat_list(sample_means), excitation.flat()); }
 };
-
 
 using ExciteBackward = Backward<Excite, SavedExcite, 5>;
 using RescaleBackward = Backward<Rescale, void, 3>;
