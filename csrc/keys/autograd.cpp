@@ -168,11 +168,11 @@ std::tuple<std::remove_cvref_t<P>...> read_all(Reader& reader, std::type_identit
   return {reader.next<std::remove_cvref_t<P>>()...};
 }
 
-template <class Recorded>
-struct Node : torch::autograd::Function<Node<Recorded>> {
-  using A = typename decltype(Recorded::op)::Arguments;
-  using Results = decltype(as_tuple(std::declval<typename decltype(Recorded::op)::Result>()));
-  static constexpr std::size_t kGradients = std::tuple_size_v<typename decltype(Recorded::backward)::Result>;
+template <class Recording>
+struct Node : torch::autograd::Function<Node<Recording>> {
+  using A = typename Recording::Op::Arguments;
+  using Results = decltype(as_tuple(std::declval<typename Recording::Op::Result>()));
+  static constexpr std::size_t kGradients = std::tuple_size_v<typename Recording::Backward::Result>;
   static constexpr std::size_t kResidual = residual_of<A>();
   static constexpr bool kHasTail = kResidual < std::size(A::tensors);
 
@@ -181,7 +181,7 @@ struct Node : torch::autograd::Function<Node<Recorded>> {
   template <class... P>
   static Tensor forward(AutogradContext* ctx, Results& results, const P&... arguments) {
     const A a{arguments...};
-    const auto computed = as_tuple(below_autograd<decltype(Recorded::forward)>(a));
+    const auto computed = as_tuple(below_autograd<typename Recording::Forward>(a));
     const Tensor& output = std::get<0>(computed);
     [&]<std::size_t... i>(std::index_sequence<i...>) {
       results = Results{std::get<i>(computed)...};
@@ -195,7 +195,7 @@ struct Node : torch::autograd::Function<Node<Recorded>> {
     }
     [&]<std::size_t... i>(std::index_sequence<i...>) {
       (kept.add(std::get<i>(computed)), ...);
-    }(typename Recorded::Saved());
+    }(typename Recording::Saved());
     ctx->save_for_backward(std::move(kept.tensors));
     ctx->saved_data["options"] = c10::ivalue::Tuple::create(std::move(kept.options));
     return output;
@@ -222,9 +222,8 @@ struct Node : torch::autograd::Function<Node<Recorded>> {
       passes_on = mask[kResidual] && a.tail.post_activation == "identity";
       if (passes_on) mask[kResidual] = false;
     }
-    const auto computed =
-        std::apply([](const auto&... argument) { return decltype(Recorded::backward)::call(argument...); },
-                   std::tuple_cat(std::tie(grads[0]), arguments, left, std::tie(mask)));
+    const auto computed = std::apply([](const auto&... argument) { return Recording::Backward::call(argument...); },
+                                     std::tuple_cat(std::tie(grads[0]), arguments, left, std::tie(mask)));
     std::array<Tensor, kGradients> gradients =
         std::apply([](const auto&... gradient) { return std::array{gradient...}; }, computed);
     if constexpr (kHasTail) {
@@ -236,7 +235,7 @@ struct Node : torch::autograd::Function<Node<Recorded>> {
  private:
   template <std::size_t... saved>
   static std::tuple<std::conditional_t<(saved >= 0), Tensor, void>...> tensors_of(std::index_sequence<saved...>);
-  using SavedTensors = decltype(tensors_of(typename Recorded::Saved()));
+  using SavedTensors = decltype(tensors_of(typename Recording::Saved()));
 
   // One gradient for `results`, which has none, and one for every argument.
   template <class... P>
@@ -248,9 +247,9 @@ struct Node : torch::autograd::Function<Node<Recorded>> {
   }
 };
 
-template <class Recorded>
-typename decltype(Recorded::op)::Result record(const typename decltype(Recorded::op)::Arguments& a) {
-  using Op = decltype(Recorded::op);
+template <class Recording>
+typename Recording::Op::Result record(const typename Recording::Op::Arguments& a) {
+  using Op = typename Recording::Op;
   checks::placement(a.name, a);
   checks::for_each_present(a, [&](const TensorInfo& info, const Tensor& t) {
     TORCH_CHECK(info.is_differentiable() || !is_recorded(t), a.name, ": expected ", info.name,
@@ -258,9 +257,9 @@ typename decltype(Recorded::op)::Result record(const typename decltype(Recorded:
   });
   if (needs_formula(a)) return formula::compute(a);
   if (!any_differentiable(a, is_recorded)) return below_autograd<Op>(a);
-  typename Node<Recorded>::Results results;
+  typename Node<Recording>::Results results;
   Tensor output =
-      std::apply([&](const auto&... argument) { return Node<Recorded>::apply(results, argument...); }, a.flat());
+      std::apply([&](const auto&... argument) { return Node<Recording>::apply(results, argument...); }, a.flat());
   std::get<0>(results) = std::move(output);
   if constexpr (std::tuple_size_v<decltype(results)> == 1) {
     return std::get<0>(results);
@@ -301,11 +300,11 @@ void count_the_write(const c10::OperatorHandle& op, c10::DispatchKeySet keys, to
 
 TORCH_LIBRARY_IMPL(se_ext, Autograd, m) {
   decltype(ops::squeeze)::register_with<squeeze>(m);
-  ops::for_each(ops::differentiable, [&]<class Recorded>(Recorded) {
-    using Op = decltype(Recorded::op);
-    using Forward = decltype(Recorded::forward);
-    using Backward = decltype(Recorded::backward);
-    Op::template register_with<record<Recorded>>(m);
+  ops::for_each(ops::differentiable, [&]<class Recording>(Recording) {
+    using Op = typename Recording::Op;
+    using Forward = typename Recording::Forward;
+    using Backward = typename Recording::Backward;
+    Op::template register_with<record<Recording>>(m);
     Backward::template register_with<backward<Backward>>(m);
     if constexpr (!std::is_same_v<Op, Forward>) {
       m.impl(Forward::name, torch::autograd::autogradNotImplementedFallback());

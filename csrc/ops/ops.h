@@ -232,29 +232,30 @@ inline constexpr Op<"_bn_squeeze_excite_backward", BnSqueezeExciteBackward, 8> _
 inline constexpr Op<"_bn_activation_backward", BnActivationBackward, 3> _bn_activation_backward;
 
 // How an op is recorded for autograd: what runs forward, what runs backward, and which of forward's results backward
-// gets, in the order of its arguments. Forward's first results are those of the op.
-template <class Op, class Forward, class Backward, std::size_t... saved>
-struct Recorded {
-  Op op;
-  Forward forward;
-  Backward backward;
+// gets, in the order of its arguments. Forward's first results are those of the op. Each has a type of its own, whose
+// name is short: autograd writes it out at every call of a node.
+template <class Op_, class Forward_, class Backward_, std::size_t... saved>
+struct Recording {
+  using Op = Op_;
+  using Forward = Forward_;
+  using Backward = Backward_;
   using Saved = std::index_sequence<saved...>;
 };
-template <std::size_t... saved, class Op, class Forward, class Backward>
-constexpr Recorded<Op, Forward, Backward, saved...> recorded(Op op, Forward forward, Backward backward) {
-  return {op, forward, backward};
-}
+struct ExciteRecording : Recording<decltype(excite), decltype(_excite_forward), decltype(_excite_backward), 1, 0> {};
+struct RescaleRecording : Recording<decltype(rescale), decltype(rescale), decltype(_rescale_backward)> {};
+struct SqueezeExciteRecording : Recording<decltype(squeeze_excite), decltype(_squeeze_excite_forward),
+                                          decltype(_squeeze_excite_backward), 1, 2, 3> {};
+struct BnSqueezeExciteRecording : Recording<decltype(bn_squeeze_excite), decltype(_bn_squeeze_excite_forward),
+                                            decltype(_bn_squeeze_excite_backward), 1, 3, 4, 5, 6, 7> {};
+struct BnActivationRecording
+    : Recording<decltype(_bn_activation), decltype(_bn_activation), decltype(_bn_activation_backward), 1, 3> {};
 
 // The lists that keys/ registers from.
 inline constexpr std::tuple functional{squeeze, excite, rescale, squeeze_excite, bn_squeeze_excite, _bn_activation};
 inline constexpr std::tuple in_place{rescale_, squeeze_excite_};
-inline constexpr std::tuple differentiable{
-    recorded<1, 0>(excite, _excite_forward, _excite_backward),
-    recorded<>(rescale, rescale, _rescale_backward),
-    recorded<1, 2, 3>(squeeze_excite, _squeeze_excite_forward, _squeeze_excite_backward),
-    recorded<1, 3, 4, 5, 6, 7>(bn_squeeze_excite, _bn_squeeze_excite_forward, _bn_squeeze_excite_backward),
-    recorded<1, 3>(_bn_activation, _bn_activation, _bn_activation_backward),
-};
+inline constexpr std::tuple<ExciteRecording, RescaleRecording, SqueezeExciteRecording, BnSqueezeExciteRecording,
+                            BnActivationRecording>
+    differentiable;
 
 template <class List, class F>
 void for_each(const List& list, const F& f) {
