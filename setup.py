@@ -63,7 +63,7 @@ def sources(*folders: str) -> list[str]:
 
 def kernel_library(name: str, flags: list[str]) -> tuple[str, dict]:
     source = str(CSRC / "cpu" / "kernels" / f"{name}.cpp")
-    kernel_headers = [h for h in headers() if "cpu/kernels" in h or h.endswith("params.h")]
+    kernel_headers = [h for h in headers() if "cpu/kernels" in h or h.endswith(("params.h", "ops/activation.h"))]
     return f"se_ext_{name}", {
         "sources": [source],
         "obj_deps": {source: kernel_headers},
@@ -150,7 +150,7 @@ class Build(BuildExtension):
 def extensions() -> list[Extension]:
     ops = CppExtension(
         "se_ext.libse_ext",
-        sources(".", "cpu"),
+        sources(".", "ops", "keys", "formula", "batch_norm", "cpu"),
         depends=headers(),
         # C++20 is named because torch 2.11 would pick 17. OpenMP is compiled for but not linked: its symbols come from
         # the runtime that torch itself loads, so that the process has one.

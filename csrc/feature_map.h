@@ -3,7 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "allocate.h"
+#include <optional>
+
+#include "ops/allocate.h"
 #include "params.h"
 
 namespace se_ext {
@@ -33,6 +35,10 @@ struct Pointer {
   char* at(std::int64_t i) const { return base ? base + i * item_bytes : nullptr; }
 };
 
+inline Pointer pointer(const at::Tensor& t) {  // null where undefined
+  return t.defined() ? Pointer(t) : Pointer();
+}
+
 struct FeatureMap {
   at::Tensor tensor;  // in a native layout
   std::int64_t samples;
@@ -51,11 +57,35 @@ struct FeatureMap {
   std::int64_t slab_bytes() const { return slab_elements() * data.item_bytes; }
   char* sample(std::int64_t n) const { return data.at(n * slab_elements()); }
 
-  // Another map of the same shape, in this map's layout: itself, or one copy.
+  // What the map is summed in, and the excitation runs in.
+  at::ScalarType accumulation_type() const { return se_ext::accumulation_type(tensor.scalar_type()); }
+  at::TensorOptions accumulation_options() const { return tensor.options().dtype(accumulation_type()); }
+
+  // Another map of the same shape, in this map's layout: itself, or one copy; undefined where there is none.
   at::Tensor in_my_layout(const at::Tensor& other) const {
     if (slab.layout == Layout::ChannelsFirst) return other.contiguous();
     return other.contiguous(other.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d);
   }
+  at::Tensor in_my_layout(const std::optional<at::Tensor>& other) const {
+    return other.has_value() ? in_my_layout(*other) : at::Tensor();
+  }
+};
+
+// Where an op writes its output y, which is the input where the op works in place: then x.tensor, which is a copy of
+// the input where that is in no native layout.
+struct MapOutput {
+  const at::Tensor& y;
+  const at::Tensor& tensor;
+
+  MapOutput(const FeatureMap& x, const at::Tensor& input, const at::Tensor& to)
+      : y(to), tensor(to.is_same(input) ? x.tensor : to), in_place_(to.is_same(input)) {}
+  bool is_input() const { return in_place_; }
+  void write_back() const {
+    if (!tensor.is_same(y)) y.copy_(tensor);
+  }
+
+ private:
+  bool in_place_;
 };
 
 }  // namespace se_ext

@@ -1,6 +1,5 @@
-// Every op of se_ext, on one screen. Kernels: cpu/, cuda/ · fake kernels: meta.cpp · autograd: autograd.cpp · autocast:
-// autocast.cpp · torch.func transforms and devices without kernels: composite.cpp · in-place ops in traced programs:
-// functionalize.cpp · in terms of other ops: running_statistics.cpp.
+// Every op of se_ext, on one screen. Arguments as structs: ops/ops.h · kernels: cpu/, cuda/ · at the other dispatch
+// keys: keys/, one file a key · in terms of other ops: batch_norm/.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
@@ -58,15 +57,17 @@ TORCH_LIBRARY(se_ext, m) {
       "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> ()",
       tags);
 
-  // For autograd. `saved` is the output where post_activation's slope follows from it, else the residual; None
-  // without a residual. A mask says which gradients are wanted; the others come back as None.
+  // For autograd: forward ops that leave what backward needs, and backward ops, whose arguments are the gradient, those
+  // of forward, what forward left, and a mask that says which gradients are wanted; the others come back as None. In
+  // the place of the residual, `saved` is the output where post_activation's slope follows from it, else the residual;
+  // None without a residual.
   m.def(
       "_excite_forward(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate) "
       "-> (Tensor output, Tensor hidden)",
       tags);
   m.def(
-      "_excite_backward(Tensor grad_output, Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-      "Tensor hidden, Tensor scale, str activation, str gate, bool[5] mask) "
+      "_excite_backward(Tensor grad_output, Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, "
+      "str gate, Tensor hidden, Tensor scale, bool[5] mask) "
       "-> (Tensor z, Tensor w1, Tensor b1, Tensor w2, Tensor b2)",
       tags);
   m.def(
@@ -80,7 +81,7 @@ TORCH_LIBRARY(se_ext, m) {
       tags);
   m.def(
       "_squeeze_excite_backward(Tensor grad_output, Tensor input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-      "Tensor z, Tensor hidden, Tensor scale, Tensor? saved, str activation, str gate, str post_activation, "
+      "str activation, str gate, Tensor? saved, str post_activation, Tensor z, Tensor hidden, Tensor scale, "
       "bool[6] mask) -> (Tensor input, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor residual)",
       tags);
   m.def(
@@ -91,14 +92,14 @@ TORCH_LIBRARY(se_ext, m) {
       tags);
   m.def(
       "_bn_squeeze_excite_backward(Tensor grad_output, Tensor input, Tensor? bn_weight, Tensor? bn_bias, Tensor w1, "
-      "Tensor? b1, Tensor w2, Tensor? b2, Tensor mean, Tensor inverse, Tensor sample_means, Tensor z, Tensor hidden, "
-      "Tensor scale, Tensor? saved, Tensor? drop_scale, bool batch_statistics, float eps, str pre_activation, "
-      "str activation, str gate, str post_activation, bool[8] mask) -> (Tensor input, Tensor bn_weight, "
+      "Tensor? b1, Tensor w2, Tensor? b2, bool batch_statistics, float eps, str pre_activation, str activation, "
+      "str gate, Tensor? saved, str post_activation, Tensor? drop_scale, Tensor mean, Tensor inverse, "
+      "Tensor sample_means, Tensor z, Tensor hidden, Tensor scale, bool[8] mask) -> (Tensor input, Tensor bn_weight, "
       "Tensor bn_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor residual)",
       tags);
   m.def(
-      "_bn_activation_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor inverse, bool batch_statistics, float eps, str activation, bool[3] mask) "
+      "_bn_activation_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, bool batch_statistics, "
+      "float eps, str activation, Tensor mean, Tensor inverse, bool[3] mask) "
       "-> (Tensor input, Tensor weight, Tensor bias)",
       tags);
 }

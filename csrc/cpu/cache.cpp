@@ -1,3 +1,5 @@
+#include "cache.h"
+
 #include <fstream>
 
 #include "../info.h"

@@ -3,7 +3,7 @@
 namespace se_ext::cpu {
 namespace {
 
-at::Tensor contiguous(const checks::OptionalTensor& t) {
+at::Tensor contiguous(const OptionalTensor& t) {
   return t.has_value() ? t->contiguous() : at::Tensor();
 }
 
@@ -25,18 +25,17 @@ void for_columns(std::int64_t first, std::int64_t rows, std::int64_t columns,
 
 }  // namespace
 
-Excitation::Excitation(const at::Tensor& w1, const checks::OptionalTensor& b1, const at::Tensor& w2,
-                       const checks::OptionalTensor& b2, Activation activation, Activation gate)
-    : w1_(w1.contiguous()),
-      b1_(contiguous(b1)),
-      w2_(w2.contiguous()),
-      b2_(contiguous(b2)),
-      channels_(w1.size(1)),
-      hidden_channels_(w1.size(0)),
-      activation_(activation),
-      gate_(gate),
-      dense_(kernels().dense[static_cast<int>(dtype_of(w1))]),
-      vector_(w1.scalar_type() == at::kDouble ? kernels().vector_double : kernels().vector_float) {}
+Excitation::Excitation(const ops::Excitation& e, const ops::Activations& names)
+    : w1_(e.w1.contiguous()),
+      b1_(contiguous(e.b1)),
+      w2_(e.w2.contiguous()),
+      b2_(contiguous(e.b2)),
+      channels_(e.w1.size(1)),
+      hidden_channels_(e.w1.size(0)),
+      activation_(names.activation),
+      gate_(names.gate),
+      dense_(kernels().dense[static_cast<int>(dtype_of(e.w1))]),
+      vector_(e.w1.scalar_type() == at::kDouble ? kernels().vector_double : kernels().vector_float) {}
 
 void Excitation::forward(Team team, std::int64_t first, std::int64_t samples, Pointer z, Pointer hidden, Pointer h,
                          Pointer scale) const {
@@ -80,28 +79,21 @@ void Excitation::backward(Team team, std::int64_t first, std::int64_t samples, s
   team.barrier();
 }
 
-Excitation::Gradients Excitation::empty_gradients(std::array<bool, 4> wanted) const {
-  const auto fresh = [](const at::Tensor& w, bool want) {
-    return want && w.defined() ? at::empty(w.sizes(), w.options()) : at::Tensor();
-  };
-  return {fresh(w1_, wanted[0]), fresh(b1_, wanted[1]), fresh(w2_, wanted[2]), fresh(b2_, wanted[3])};
-}
-
 void Excitation::weight_gradients(std::int64_t samples, Pointer z, Pointer h, Pointer grad_t, Pointer grad_hidden,
-                                  Gradients& g) const {
+                                  const WeightGradients& to) const {
   const std::int64_t C = channels_, M = hidden_channels_;
   parallel(threads_for(weight_bytes() * samples), [&](Team team) {
-    if (g.w1.defined()) {
+    if (to.w1.defined()) {
       const auto [begin, end] = team.share(M);
-      dense_.outer(samples, M, C, grad_hidden.base, z.base, g.w1.data_ptr(), begin, end);
+      dense_.outer(samples, M, C, grad_hidden.base, z.base, to.w1.data_ptr(), begin, end);
     }
-    if (g.w2.defined()) {
+    if (to.w2.defined()) {
       const auto [begin, end] = team.share(C);
-      dense_.outer(samples, C, M, grad_t.base, h.base, g.w2.data_ptr(), begin, end);
+      dense_.outer(samples, C, M, grad_t.base, h.base, to.w2.data_ptr(), begin, end);
     }
     if (team.rank == 0) {
-      if (g.b1.defined()) dense_.sum_samples(samples, M, grad_hidden.base, g.b1.data_ptr());
-      if (g.b2.defined()) dense_.sum_samples(samples, C, grad_t.base, g.b2.data_ptr());
+      if (to.b1.defined()) dense_.sum_samples(samples, M, grad_hidden.base, to.b1.data_ptr());
+      if (to.b2.defined()) dense_.sum_samples(samples, C, grad_t.base, to.b2.data_ptr());
     }
   });
 }

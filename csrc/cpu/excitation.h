@@ -1,12 +1,10 @@
-// The excitation on a block of samples, forward and backward, split over a team. All buffers are [N, C] or [N, M] in
+// The excitation on a chunk of samples, forward and backward, split over a team. All buffers are [N, C] or [N, M] in
 // the accumulation type and are indexed by the sample's number in the whole batch.
 //   hidden = W1 z + b1      h = act(hidden)      t = W2 h + b2      s = gate(t)
 #pragma once
 
-#include <array>
-
-#include "../checks.h"
 #include "../feature_map.h"
+#include "../ops/ops.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -15,8 +13,7 @@ namespace se_ext::cpu {
 class Excitation {
  public:
   // Weights in their own dtype; made contiguous where they are not.
-  Excitation(const at::Tensor& w1, const checks::OptionalTensor& b1, const at::Tensor& w2,
-             const checks::OptionalTensor& b2, Activation activation, Activation gate);
+  Excitation(const ops::Excitation& e, const ops::Activations& names);
 
   std::int64_t channels() const { return channels_; }
   std::int64_t hidden_channels() const { return hidden_channels_; }
@@ -33,15 +30,12 @@ class Excitation {
   // h from what forward saved.
   void activate(std::int64_t samples, Pointer hidden, Pointer h) const;
 
-  struct Gradients {
-    at::Tensor w1, b1, w2, b2;  // undefined: not wanted
+  // Sums over the batch, samples in order, after backward has run on all of it; undefined: not wanted.
+  struct WeightGradients {
+    const at::Tensor &w1, &b1, &w2, &b2;
   };
-  // Uninitialised gradients of the weights, in the order w1, b1, w2, b2; a bias that is absent has none.
-  Gradients empty_gradients(std::array<bool, 4> wanted) const;
-
-  // Sums over the batch, samples in order, after backward has run on all of it.
   void weight_gradients(std::int64_t samples, Pointer z, Pointer h, Pointer grad_t, Pointer grad_hidden,
-                        Gradients& gradients) const;
+                        const WeightGradients& to) const;
 
  private:
   at::Tensor w1_, b1_, w2_, b2_;  // as given, contiguous

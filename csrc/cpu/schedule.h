@@ -13,51 +13,51 @@ namespace se_ext::cpu {
 
 struct Schedule {
   int threads;
-  bool by_sample;      // each thread has its own samples and never waits; else all work on the same block
-  std::int64_t block;  // samples per block
-  bool streaming;      // all maps together exceed the last cache: what is written is not found there by who reads it
+  bool by_sample;      // each thread has its own samples and never waits; else all work on the same chunk
+  std::int64_t chunk;  // samples at a time
+  bool streaming;      // all maps together exceed the last cache: the next op would miss it anyway
 
-  // maps: how many full-size tensors a block touches. weight_bytes: what is read again for every block.
+  // maps: how many full-size tensors a chunk touches. weight_bytes: what is read again for every chunk.
   static Schedule of(const FeatureMap& map, int maps, std::int64_t weight_bytes);
   // Without a map: all samples at once, `bytes` of traffic.
   static Schedule of(std::int64_t samples, std::int64_t bytes);
 
   int teams() const { return by_sample ? threads : 1; }
 
-  // body(team, index of the team, first sample, samples) for every block.
+  // body(team, index of the team, first sample, samples) for every chunk.
   template <class F>
   void run(std::int64_t samples, const F& body) const {
-    for_each_block(samples, false, body);
+    for_each_chunk(samples, false, body);
   }
-  // The same from the last block to the first: for a second pass over the batch, which finds the end of the first one
+  // The same from the last chunk to the first: for a second pass over the batch, which finds the end of the first one
   // in cache.
   template <class F>
   void run_backwards(std::int64_t samples, const F& body) const {
-    for_each_block(samples, true, body);
+    for_each_chunk(samples, true, body);
   }
 
  private:
   template <class F>
-  void for_each_block(std::int64_t samples, bool backwards, const F& body) const {
+  void for_each_chunk(std::int64_t samples, bool backwards, const F& body) const {
     parallel(threads, [&](Team all) {
       const Team team = by_sample ? Team{} : all;
       const auto [begin, end] = by_sample ? all.share(samples) : std::pair<std::int64_t, std::int64_t>{0, samples};
-      const std::int64_t blocks = (end - begin + block - 1) / block;
-      for (std::int64_t i = 0; i < blocks; ++i) {
-        const std::int64_t n = begin + (backwards ? blocks - 1 - i : i) * block;
-        body(team, by_sample ? all.rank : 0, n, std::min(block, end - n));
+      const std::int64_t chunks = (end - begin + chunk - 1) / chunk;
+      for (std::int64_t i = 0; i < chunks; ++i) {
+        const std::int64_t n = begin + (backwards ? chunks - 1 - i : i) * chunk;
+        body(team, by_sample ? all.rank : 0, n, std::min(chunk, end - n));
       }
     });
   }
 };
 
-// A pass of a team over a block of samples, tile by tile. Every pass gives a thread the same tiles, so that what it
+// A pass of a team over a chunk of samples, tile by tile. Every pass gives a thread the same tiles, so that what it
 // read first is what its own cache holds.
 class Tiles {
  public:
   explicit Tiles(const FeatureMap& map) : tiling_(map) {}
 
-  // apply(n, tile) for every tile of the block.
+  // apply(n, tile) for every tile of the chunk.
   template <class F>
   void apply(Team team, std::int64_t first, std::int64_t samples, const F& apply) const {
     for_each_tile(team, samples, [&](std::int64_t n, std::int64_t t) { apply(first + n, tiling_.tile(t)); });
@@ -82,13 +82,13 @@ class Tiles {
 // partial sums.
 class Reduction : public Tiles {
  public:
-  Reduction(const FeatureMap& map, const Schedule& schedule, at::ScalarType accumulate, int parts = 1)
+  Reduction(const FeatureMap& map, const Schedule& schedule, int parts = 1)
       : Tiles(map),
         values_(parts * map.slab.channels),
         whole_channels_(map.slab.layout == Layout::ChannelsFirst),
-        rows_per_team_(whole_channels_ ? 0 : (schedule.by_sample ? 1 : schedule.block * tiling_.count)),
+        rows_per_team_(whole_channels_ ? 0 : (schedule.by_sample ? 1 : schedule.chunk * tiling_.count)),
         teams_(schedule.teams()),
-        vector_(accumulate == at::kDouble ? kernels().vector_double : kernels().vector_float) {}
+        vector_(map.accumulation_type() == at::kDouble ? kernels().vector_double : kernels().vector_float) {}
 
   std::int64_t scratch_items() const { return rows_per_team_ * teams_ * values_; }
   void use(Pointer scratch) { partial_ = scratch; }

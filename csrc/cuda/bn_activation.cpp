@@ -2,83 +2,57 @@
 // of the block, with a scale of ones.
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
-#include "../checks.h"
-#include "../names.h"
 #include "normalization.h"
 
-namespace se_ext::cuda {
-namespace {
+namespace se_ext {
 
-using at::Tensor;
-using checks::OptionalTensor;
-
-constexpr const char* kOp = "bn_activation";
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const Tensor& input, const OptionalTensor& weight,
-                                                         const OptionalTensor& bias, bool batch_statistics, double eps,
-                                                         std::string_view activation_) {
-  checks::bn_activation(kOp, input, weight, bias, batch_statistics, activation_);
-  const c10::cuda::CUDAGuard guard(input.device());
-  const FeatureMap x = aligned_map(input);
+template <>
+void Backend<Cuda>::bn_activation(const ops::BnActivation& a, const ops::Activations& names, const Tensor& y,
+                                  const Statistics& statistics) {
+  using namespace cuda;
+  const FeatureMap x = aligned_map(a.input);
   const std::int64_t C = x.slab.channels;
-  const Activation activation = parse_activation(kOp, "activation", activation_);
-  const auto type = accumulation_type(input.scalar_type());
-  const auto options = input.options().dtype(type);
-  Vectors v(weight, bias, type);
-  const BatchStatistics found = BatchStatistics::empty(x, type, batch_statistics, /*of_samples=*/false);
-  const Tensor y = empty_map_like(x.tensor);
+  Vectors v(a.norm(), x.accumulation_type());
   const Batch batch = batch_of(x, is_streaming(x, 2));
-  Scratch scratch(2 * C, 2, options);
-  void* const a = scratch.take(C);
-  void* const b = scratch.take(C);
-  if (batch_statistics) {
-    statistics_of_batch(x, v, eps, found, a, b);
+  Scratch scratch(2 * C, 2, x.accumulation_options());
+  void* const a_at = scratch.take(C);
+  void* const b_at = scratch.take(C);
+  if (a.batch_statistics) {
+    statistics_of_batch(x, v, a.eps, statistics, /*sample_means=*/at::empty({0}), a_at, b_at);
   } else {
-    C10_CUDA_CHECK(coefficients(v.of(x), type == at::kDouble, a, b, batch.stream));
+    C10_CUDA_CHECK(coefficients(v.of(x), x.dtype == DType::Float64, a_at, b_at, batch.stream));
   }
-  const Tensor ones = at::ones({x.samples, C}, options);
-  C10_CUDA_CHECK(write_prologue_rescale(batch, {a, b, Activation::Identity}, /*drop=*/nullptr,
-                                        {data(x.tensor), data(ones), /*residual=*/nullptr, writable(y), activation}));
-  return {y, found.mean, found.var, found.inverse};
+  const Tensor ones = at::ones({x.samples, C}, x.accumulation_options());
+  C10_CUDA_CHECK(write_prologue_rescale(batch, {a_at, b_at, Activation::Identity}, /*drop=*/nullptr,
+                                        {data(x.tensor), data(ones), /*residual=*/nullptr, writable(y), names.post}));
 }
 
 // One pass sums up what the normalisation's gradient needs, another writes.
-std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_output, const Tensor& input,
-                                                          const OptionalTensor& weight, const OptionalTensor& bias,
-                                                          const Tensor& mean, const Tensor& inverse,
-                                                          bool batch_statistics, double /*eps*/,
-                                                          std::string_view activation_, std::array<bool, 3> mask) {
-  checks::bn_activation_backward(grad_output, input, weight, bias, mean, inverse, batch_statistics, activation_);
-  const c10::cuda::CUDAGuard guard(input.device());
-  const FeatureMap x = aligned_map(input);
+template <>
+void Backend<Cuda>::bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& names,
+                                           const Gradients<3>& to) {
+  using namespace cuda;
+  const FeatureMap x = aligned_map(a.forward.input);
   const std::int64_t N = x.samples, C = x.slab.channels;
-  const Activation activation = parse_activation(kOp, "activation", activation_);
-  const auto type = accumulation_type(input.scalar_type());
-  const bool is_double = type == at::kDouble;
-  const auto options = input.options().dtype(type);
-  Vectors v(weight, bias, type);
-  if (batch_statistics) {
-    v.mean = vector_in(mean, type);
-    v.inverse = vector_in(inverse, type);
-  }
+  const auto& [grad_input, grad_weight, grad_bias] = to;
+  const bool is_double = x.dtype == DType::Float64, batch_statistics = a.forward.batch_statistics;
+  Vectors v(a.forward.norm(), x.accumulation_type());
+  if (batch_statistics) v.use(a.saved, x.accumulation_type());
   const Normalization norm = v.of(x);
-  const Tensor g = beside(x, grad_output);
-  const Tensor grad_input = mask[0] ? empty_map_like(x.tensor) : Tensor();
-  const Tensor ones = at::ones({N, C}, options), zeros = at::zeros({N, C}, options);
+  const Tensor g = aligned_like(x, a.grad_output);
+  const Tensor ones = at::ones({N, C}, x.accumulation_options()), zeros = at::zeros({N, C}, x.accumulation_options());
 
   const Batch batch = batch_of(x, is_streaming(x, 3));
   const std::int64_t partials = partial_items(batch, N, 2);
-  Scratch scratch(partials + 2 * N * C + 6 * C, 8, options);
+  Scratch scratch(partials + 2 * N * C + 6 * C, 8, x.accumulation_options());
   const Sums sums{scratch.take(2 * N * C), scratch.take(partials), 1};
-  void* const a = scratch.take(C);
-  void* const b = scratch.take(C);
+  void* const a_at = scratch.take(C);
+  void* const b_at = scratch.take(C);
   void* const slope = scratch.take(C);
   void* const offset = scratch.take(C);
-  void* const grad_weight_at = scratch.take(C);
-  void* const grad_bias_at = scratch.take(C);
-  C10_CUDA_CHECK(coefficients(norm, is_double, a, b, batch.stream));
+  const VectorGradient weight(x, grad_weight, scratch.take(C)), bias(x, grad_bias, scratch.take(C));
+  C10_CUDA_CHECK(coefficients(norm, is_double, a_at, b_at, batch.stream));
 
   const RescaleBackward maps{data(g),
                              data(x.tensor),
@@ -87,34 +61,22 @@ std::tuple<Tensor, Tensor, Tensor> bn_activation_backward(const Tensor& grad_out
                              data(zeros),
                              writable(grad_input),
                              /*grad_residual=*/nullptr,
-                             activation};
-  const PrologueBackward prologue{{a, b, Activation::Identity},
+                             names.post};
+  const PrologueBackward prologue{{a_at, b_at, Activation::Identity},
                                   /*drop=*/nullptr,
                                   norm.mean,
                                   batch_statistics ? slope : nullptr,
                                   batch_statistics ? offset : nullptr};
-  Tensor grad_weight, grad_bias;
-  if (batch_statistics || mask[1] || mask[2]) {
+  if (batch_statistics || grad_weight.defined() || grad_bias.defined()) {
     C10_CUDA_CHECK(sum_prologue_backward(batch, prologue, maps, sums));
-    const auto fresh = [&] { return at::empty({C}, options); };
-    if (mask[1]) grad_weight = fresh();
-    if (mask[2]) grad_bias = fresh();
     C10_CUDA_CHECK(batch_backward(norm, is_double,
                                   {sums.sums, data(ones), /*drop=*/nullptr, data(zeros), /*sample_means=*/data(zeros),
-                                   /*has_activation=*/false, mask[1] ? writable(grad_weight) : grad_weight_at,
-                                   mask[2] ? writable(grad_bias) : grad_bias_at, slope, offset},
+                                   /*has_activation=*/false, weight.sums(), bias.sums(), slope, offset},
                                   batch.stream));
-    if (mask[1]) grad_weight = vector_gradient(x, weight, grad_weight);
-    if (mask[2]) grad_bias = vector_gradient(x, bias, grad_bias);
+    weight.write_back();
+    bias.write_back();
   }
-  if (mask[0]) C10_CUDA_CHECK(write_prologue_backward(batch, prologue, maps));
-  return {grad_input, grad_weight, grad_bias};
+  if (grad_input.defined()) C10_CUDA_CHECK(write_prologue_backward(batch, prologue, maps));
 }
 
-TORCH_LIBRARY_IMPL(se_ext, SE_EXT_CUDA_KEY, m) {
-  m.impl("_bn_activation", bn_activation);
-  m.impl("_bn_activation_backward", bn_activation_backward);
-}
-
-}  // namespace
-}  // namespace se_ext::cuda
+}  // namespace se_ext

@@ -1,202 +1,126 @@
 // The block behind a batch normalisation (or a given affine map) and an activation: u = pre(a ⊙ x + b) takes the place
-// of x; it is not a tensor that anybody keeps.
-#include <torch/library.h>
-
-#include "../checks.h"
-#include "../names.h"
+// of x; it is not a tensor of its own. Where pre is the identity, the squeeze follows from each sample's mean of x.
 #include "excitation.h"
 #include "normalization.h"
 #include "plan.h"
 
-namespace se_ext::cuda {
-namespace {
+namespace se_ext {
 
-using at::Tensor;
-using checks::OptionalTensor;
-
-constexpr const char* kOp = "bn_squeeze_excite";
-
-// What forward leaves for backward, besides what the caller has.
-struct Saved {
-  BatchStatistics statistics;  // sample_means of no rows where pre is not the identity
-  Tensor z, hidden, scale;     // as in squeeze_excite; scale without drop_scale
-};
-
-struct Options {
-  Activation pre, post;
-  bool batch_statistics;
-  double eps;
-};
-
-void forward(const FeatureMap& x, Vectors& v, const Excitation& e, const OptionalTensor& residual,
-             const OptionalTensor& drop_scale, const Options& options, const Tensor& y, const Saved& saved) {
+template <>
+void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::Activations& names, const Tensor& y,
+                                      const ops::SavedBnSqueezeExcite& saved, const Tensor& var) {
+  using namespace cuda;
+  const FeatureMap x = aligned_map(a.input);
+  const cuda::Excitation e(a.excitation(), names);
+  Vectors v(a.norm(), x.accumulation_type());
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels();
-  const auto type = accumulation_type(x.tensor.scalar_type());
-  const bool is_identity = options.pre == Activation::Identity, is_double = type == at::kDouble;
-  const Tensor r = beside(x, residual), drop = vector_in(drop_scale, type);
+  const bool is_identity = names.pre == Activation::Identity, is_double = x.dtype == DType::Float64;
+  const Tensor r = aligned_like(x, a.tail.residual), drop = vector_in(a.drop_scale, x.accumulation_type());
   const int maps = r.defined() ? 3 : 2;
   const Batch batch = batch_of(x, is_streaming(x, maps));
   const std::int64_t partials = partial_items(batch, N, 1);
-  Scratch scratch(partials + 2 * C + N * M, 4, x.tensor.options().dtype(type));
-  void* const a = scratch.take(C);
-  void* const b = scratch.take(C);
+  Scratch scratch(partials + 2 * C + N * M, 4, x.accumulation_options());
+  void* const a_at = scratch.take(C);
+  void* const b_at = scratch.take(C);
   void* const partials_at = scratch.take(partials);
   void* const h = scratch.take(N * M);
-  if (options.batch_statistics) {
-    statistics_of_batch(x, v, options.eps, saved.statistics, a, b);
+  if (a.batch_statistics) {
+    statistics_of_batch(x, v, a.eps, {saved.statistics.mean, var, saved.statistics.inverse}, saved.sample_means, a_at,
+                        b_at);
   } else {
-    C10_CUDA_CHECK(coefficients(v.of(x), is_double, a, b, batch.stream));
+    C10_CUDA_CHECK(coefficients(v.of(x), is_double, a_at, b_at, batch.stream));
   }
 
-  const Prologue prologue{a, b, options.pre};
-  const RescaleMaps out{data(x.tensor), data(saved.scale), data(r), writable(y), options.post};
+  void* const z = writable(saved.excitation.z);
+  void* const hidden = writable(saved.excitation.hidden);
+  void* const scale = writable(saved.excitation.scale);
+  const Prologue prologue{a_at, b_at, names.pre};
+  const RescaleMaps out{data(x.tensor), scale, data(r), writable(y), names.post};
   const Plan plan = Plan::of({x.dtype, x.slab, N, 1, maps - 1, M, e.weight_bytes(), !is_identity}, current_device());
   if (plan.path == Path::Cluster) {
-    const Block block{e.first(), e.second(), writable(saved.z), writable(saved.hidden), writable(saved.scale)};
-    C10_CUDA_CHECK(write_block(batch, plan.cluster, block, out, &prologue, data(drop)));
+    const ClusterExcitation excitation{e.first(), e.second(), z, hidden, scale};
+    C10_CUDA_CHECK(write_by_cluster(batch, plan.cluster, excitation, out, &prologue, data(drop)));
     return;
   }
   const auto points = static_cast<double>(x.slab.points);
   if (is_identity) {
-    const Tensor& means = saved.statistics.sample_means;
-    if (!options.batch_statistics) C10_CUDA_CHECK(sum_input(batch, out.x, {writable(means), partials_at, points}));
-    C10_CUDA_CHECK(squeeze_from_means(v.of(x), is_double, data(means), writable(saved.z), batch.stream));
+    void* const means = writable(saved.sample_means);
+    if (!a.batch_statistics) C10_CUDA_CHECK(sum_input(batch, out.x, {means, partials_at, points}));
+    C10_CUDA_CHECK(squeeze_from_means(v.of(x), is_double, means, z, batch.stream));
   }
   for_each_chunk(batch, is_identity ? N : plan.chunk, [&](const Batch& part) {
-    if (!is_identity) C10_CUDA_CHECK(sum_prologue(part, out.x, prologue, {writable(saved.z), partials_at, points}));
-    e.forward({data(saved.z), writable(saved.hidden), h, writable(saved.scale)}, part.first, part.samples, part.stream);
+    if (!is_identity) C10_CUDA_CHECK(sum_prologue(part, out.x, prologue, {z, partials_at, points}));
+    e.forward({z, hidden, h, scale}, part.first, part.samples, part.stream);
     C10_CUDA_CHECK(write_prologue_rescale(part, prologue, data(drop), out));
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_forward(
-    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w1,
-    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, bool batch_statistics, double eps,
-    std::string_view pre_activation, std::string_view activation, std::string_view gate, const OptionalTensor& residual,
-    std::string_view post_activation, const OptionalTensor& drop_scale) {
-  checks::bn_squeeze_excite(kOp, input, {weight, bias, batch_statistics, pre_activation},
-                            {w1, b1, w2, b2, activation, gate}, residual, post_activation, drop_scale);
-  const c10::cuda::CUDAGuard guard(input.device());
-  const FeatureMap x = aligned_map(input);
-  const Excitation e(w1, b1, w2, b2, parse_activation(kOp, "activation", activation), parse_gate(kOp, gate));
-  const Options options{parse_activation(kOp, "pre_activation", pre_activation),
-                        parse_activation(kOp, "post_activation", post_activation), batch_statistics, eps};
-  const auto type = accumulation_type(input.scalar_type());
-  Vectors v(weight, bias, type);
-  const auto matrix = [&](std::int64_t rows, std::int64_t columns) {
-    return empty_matrix(rows, columns, x.tensor, type);
-  };
-  const Saved saved{BatchStatistics::empty(x, type, batch_statistics, options.pre == Activation::Identity),
-                    matrix(x.samples, e.channels()), matrix(x.samples, e.hidden_channels()),
-                    matrix(x.samples, e.channels())};
-  Tensor y = empty_map_like(x.tensor);
-  forward(x, v, e, residual, drop_scale, options, y, saved);
-  const auto& [mean, var, inverse, sample_means] = saved.statistics;
-  return {y, mean, var, inverse, sample_means, saved.z, saved.hidden, saved.scale};
-}
-
-std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(
-    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& w1,
-    const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, bool batch_statistics, double eps,
-    std::string_view pre_activation, std::string_view activation, std::string_view gate, const OptionalTensor& residual,
-    std::string_view post_activation, const OptionalTensor& drop_scale) {
-  auto all = bn_squeeze_excite_forward(input, weight, bias, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
-                                       activation, gate, residual, post_activation, drop_scale);
-  return {std::get<0>(all), std::get<1>(all), std::get<2>(all)};
-}
-
-// (grad_input, grad_weight, grad_bias, grad_w1, grad_b1, grad_w2, grad_b2, grad_residual), those that the mask asks
-// for.
-//
 // One pass sums up what the gradient of the scale and the normalisation need, another writes. It waits for the whole
 // batch where the batch's statistics depend on x.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2, const Tensor& mean,
-    const Tensor& inverse, const Tensor& sample_means_, const Tensor& z_, const Tensor& hidden_, const Tensor& scale_,
-    const OptionalTensor& saved, const OptionalTensor& drop_scale, bool batch_statistics, double /*eps*/,
-    std::string_view pre_activation, std::string_view activation, std::string_view gate,
-    std::string_view post_activation, std::array<bool, 8> mask) {
-  checks::bn_squeeze_excite_backward(grad_output, input, {weight, bias, batch_statistics, pre_activation},
-                                     {w1, b1, w2, b2, activation, gate}, {mean, inverse, sample_means_},
-                                     {z_, hidden_, scale_}, saved, post_activation, drop_scale);
-  const c10::cuda::CUDAGuard guard(input.device());
-  const FeatureMap x = aligned_map(input);
-  const Excitation e(w1, b1, w2, b2, parse_activation(kOp, "activation", activation), parse_gate(kOp, gate));
-  const Activation pre = parse_activation(kOp, "pre_activation", pre_activation);
-  const Activation post = parse_activation(kOp, "post_activation", post_activation);
-  const bool is_identity = pre == Activation::Identity;
+template <>
+void Backend<Cuda>::bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackward& a, const ops::Activations& names,
+                                               const Gradients<8>& to) {
+  using namespace cuda;
+  const FeatureMap x = aligned_map(a.forward.input);
+  const cuda::Excitation e(a.forward.excitation(), names);
+  const auto& [grad_input, grad_weight, grad_bias, grad_w1, grad_b1, grad_w2, grad_b2, grad_residual] = to;
+  const bool batch_statistics = a.forward.batch_statistics;
+  const bool is_identity = names.pre == Activation::Identity, is_double = x.dtype == DType::Float64;
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels();
-  const auto type = accumulation_type(input.scalar_type());
-  const bool is_double = type == at::kDouble;
-  Vectors v(weight, bias, type);
-  if (batch_statistics) {
-    v.mean = vector_in(mean, type);
-    v.inverse = vector_in(inverse, type);
-  }
+  const auto type = x.accumulation_type();
+  Vectors v(a.forward.norm(), type);
+  if (batch_statistics) v.use(a.saved.statistics, type);
   const Normalization norm = v.of(x);
-  const Tensor g = beside(x, grad_output), kept = beside(x, saved), drop = vector_in(drop_scale, type);
-  const Tensor z = vector_in(z_, type), hidden = vector_in(hidden_, type), scale = vector_in(scale_, type);
-  const Tensor sample_means = vector_in(sample_means_, type);
-  const Tensor grad_input = mask[0] ? empty_map_like(x.tensor) : Tensor();
-  const Tensor grad_residual = mask[7] ? empty_map_like(x.tensor) : Tensor();
+  const Tensor g = aligned_like(x, a.grad_output), saved = aligned_like(x, a.forward.tail.residual);
+  const ops::SavedExcitation& s = a.saved.excitation;
+  const Tensor z = vector_in(s.z, type), hidden = vector_in(s.hidden, type), scale = vector_in(s.scale, type);
+  const Tensor drop = vector_in(a.forward.drop_scale, type), sample_means = vector_in(a.saved.sample_means, type);
 
-  const bool writes = mask[0] || mask[7];
-  const bool needs_totals = batch_statistics ? mask[0] || mask[1] || mask[2] : mask[1] || mask[2];
-  const int read = kept.defined() ? 3 : 2, written = mask[0] + mask[7], parts = is_identity ? 2 : 5;
+  const bool needs_totals = grad_weight.defined() || grad_bias.defined() || (batch_statistics && grad_input.defined());
+  const int read = saved.defined() ? 3 : 2, written = grad_input.defined() + grad_residual.defined();
+  const int parts = is_identity ? 2 : 5;
   const Batch batch = batch_of(x, is_streaming(x, read + written));
   const std::int64_t partials = partial_items(batch, N, parts);
-  Scratch scratch(partials + 2 * N * M + (2 + parts) * N * C + 6 * C, 12, x.tensor.options().dtype(type));
+  Scratch scratch(partials + 2 * N * M + (2 + parts) * N * C + 6 * C, 12, x.accumulation_options());
   const Sums sums{scratch.take(parts * N * C), scratch.take(partials), 1};
   void* const grad_t = scratch.take(N * C);
   void* const grad_z = scratch.take(N * C);
   void* const h = scratch.take(N * M);
   void* const grad_hidden = scratch.take(N * M);
-  void* const a = scratch.take(C);
-  void* const b = scratch.take(C);
+  void* const a_at = scratch.take(C);
+  void* const b_at = scratch.take(C);
   void* const slope = scratch.take(C);
   void* const offset = scratch.take(C);
-  void* const grad_weight = scratch.take(C);
-  void* const grad_bias = scratch.take(C);
-  C10_CUDA_CHECK(coefficients(norm, is_double, a, b, batch.stream));
+  const VectorGradient weight(x, grad_weight, scratch.take(C)), bias(x, grad_bias, scratch.take(C));
+  C10_CUDA_CHECK(coefficients(norm, is_double, a_at, b_at, batch.stream));
 
-  const Excitation::Backward vectors{grad_t, data(hidden), h, grad_hidden, grad_z, x.slab.points};
+  const cuda::Excitation::Backward vectors{grad_t, data(hidden), h, grad_hidden, grad_z, x.slab.points};
   const RescaleBackward maps{
-      data(g), data(x.tensor), data(scale), data(kept), grad_z, writable(grad_input), writable(grad_residual), post};
-  const PrologueBackward prologue{
-      {a, b, pre}, data(drop), norm.mean, batch_statistics ? slope : nullptr, batch_statistics ? offset : nullptr};
+      data(g),   data(x.tensor), data(scale), data(saved), grad_z, writable(grad_input), writable(grad_residual),
+      names.post};
+  const PrologueBackward prologue{{a_at, b_at, names.pre},
+                                  data(drop),
+                                  norm.mean,
+                                  batch_statistics ? slope : nullptr,
+                                  batch_statistics ? offset : nullptr};
   const ScaleGradient scale_sums{sums.sums, data(scale), data(drop), grad_t, e.gate(), !is_identity};
   const Plan plan = Plan::of({x.dtype, x.slab, N, read, written, M, e.weight_bytes(), false}, current_device());
   for_each_chunk(batch, batch_statistics ? N : plan.chunk, [&](const Batch& part) {
     C10_CUDA_CHECK(sum_prologue_backward(part, prologue, maps, sums));
     C10_CUDA_CHECK(scale_gradient(norm, is_double, scale_sums, part.first, part.samples, part.stream));
     e.backward(vectors, part.first, part.samples, part.stream);
-    if (writes && !batch_statistics) C10_CUDA_CHECK(write_prologue_backward(part, prologue, maps));
+    if (written > 0 && !batch_statistics) C10_CUDA_CHECK(write_prologue_backward(part, prologue, maps));
   });
-  Tensor weight_gradient, bias_gradient;
   if (needs_totals) {
-    const auto fresh = [&] { return at::empty({C}, input.options().dtype(type)); };
-    if (mask[1]) weight_gradient = fresh();
-    if (mask[2]) bias_gradient = fresh();
     C10_CUDA_CHECK(batch_backward(norm, is_double,
                                   {sums.sums, data(scale), data(drop), grad_z, data(sample_means), !is_identity,
-                                   mask[1] ? writable(weight_gradient) : grad_weight,
-                                   mask[2] ? writable(bias_gradient) : grad_bias, slope, offset},
+                                   weight.sums(), bias.sums(), slope, offset},
                                   batch.stream));
-    if (mask[1]) weight_gradient = vector_gradient(x, weight, weight_gradient);
-    if (mask[2]) bias_gradient = vector_gradient(x, bias, bias_gradient);
+    weight.write_back();
+    bias.write_back();
   }
-  if (writes && batch_statistics) C10_CUDA_CHECK(write_prologue_backward(batch, prologue, maps));
-  const Excitation::Gradients grads =
-      e.gradients({mask[3], mask[4], mask[5], mask[6]}, vectors, data(z), N, batch.stream);
-  return {grad_input, weight_gradient, bias_gradient, grads.w1, grads.b1, grads.w2, grads.b2, grad_residual};
+  if (written > 0 && batch_statistics) C10_CUDA_CHECK(write_prologue_backward(batch, prologue, maps));
+  e.weight_gradients({grad_w1, grad_b1, grad_w2, grad_b2}, vectors, data(z), N, batch.stream);
 }
 
-TORCH_LIBRARY_IMPL(se_ext, SE_EXT_CUDA_KEY, m) {
-  m.impl("bn_squeeze_excite", bn_squeeze_excite);
-  m.impl("_bn_squeeze_excite_forward", bn_squeeze_excite_forward);
-  m.impl("_bn_squeeze_excite_backward", bn_squeeze_excite_backward);
-}
-
-}  // namespace
-}  // namespace se_ext::cuda
+}  // namespace se_ext

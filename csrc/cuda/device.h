@@ -7,10 +7,22 @@
 
 #include <cstdint>
 
+#include "../ops/adapters.h"
+
 // tests/cuda_host runs the same adapters on CPU tensors.
 #ifndef SE_EXT_CUDA_KEY
 #define SE_EXT_CUDA_KEY CUDA
 #endif
+
+namespace se_ext {
+
+struct Cuda {
+  struct Guard : c10::cuda::CUDAGuard {
+    explicit Guard(const Tensor& t) : c10::cuda::CUDAGuard(t.device()) {}
+  };
+};
+
+}  // namespace se_ext
 
 namespace se_ext::cuda {
 

@@ -3,8 +3,6 @@
 //   hidden = W1 z + b1      h = act(hidden)      t = W2 h + b2      s = gate(t)
 #pragma once
 
-#include <array>
-
 #include "maps.h"
 
 namespace se_ext::cuda {
@@ -12,8 +10,7 @@ namespace se_ext::cuda {
 class Excitation {
  public:
   // Weights in their own dtype; made contiguous and aligned where they are not.
-  Excitation(const at::Tensor& w1, const checks::OptionalTensor& b1, const at::Tensor& w2,
-             const checks::OptionalTensor& b2, Activation activation, Activation gate);
+  Excitation(const ops::Excitation& e, const ops::Activations& names);
 
   std::int64_t channels() const { return first_.columns; }
   std::int64_t hidden_channels() const { return first_.rows; }
@@ -41,12 +38,12 @@ class Excitation {
   };
   void backward(const Backward& vectors, std::int64_t first, std::int64_t samples, cudaStream_t stream) const;
 
-  struct Gradients {
-    at::Tensor w1, b1, w2, b2;  // undefined: not wanted, or no such bias
+  // Sums over the batch, after backward has run on all of it; undefined: not wanted.
+  struct WeightGradients {
+    const at::Tensor &w1, &b1, &w2, &b2;
   };
-  // Sums over the batch, after backward has run on all of it.
-  Gradients gradients(std::array<bool, 4> wanted, const Backward& vectors, const void* z, std::int64_t samples,
-                      cudaStream_t stream) const;
+  void weight_gradients(const WeightGradients& to, const Backward& vectors, const void* z, std::int64_t samples,
+                        cudaStream_t stream) const;
 
  private:
   at::Tensor w1_, b1_, w2_, b2_;

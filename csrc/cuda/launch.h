@@ -16,7 +16,7 @@ struct Batch {
   DType dtype;
   Slab slab;
   std::int64_t first, samples;
-  bool streaming = false;  // what is written is too large to be found in cache by who reads it next
+  bool streaming = false;  // the next op would miss the L2 cache anyway: what is written passes it by
   cudaStream_t stream = nullptr;
 };
 
@@ -115,12 +115,12 @@ cudaError_t layer_gradients(const Layer& layer, const void* grad, const void* in
 // ---- vectors between the passes ----
 
 // out [N, C] = grad ⊙ gate'(scale), scale being the gate's output
-cudaError_t through_gate(Activation gate, bool is_double, const void* grad, const void* scale, void* out,
-                         std::int64_t first, std::int64_t items, cudaStream_t stream);
+cudaError_t gate_gradient(Activation gate, bool is_double, const void* grad, const void* scale, void* out,
+                          std::int64_t first, std::int64_t items, cudaStream_t stream);
 
 // The moments of each sample [N, 2, C] about x's first points → mean, var, inverse of the batch, a, b [C] and each
 // sample's mean [N, C].
-struct Statistics {
+struct StatisticsVectors {
   const void* sums;
   const void* weight;  // null: 1
   const void* bias;    // null: 0
@@ -132,7 +132,7 @@ struct Statistics {
   void* b;
   double eps;
 };
-cudaError_t batch_statistics(const Batch& batch, const void* x, const Statistics& vectors);
+cudaError_t batch_statistics(const Batch& batch, const void* x, const StatisticsVectors& vectors);
 
 // z = a · (mean of the sample - mean) + bias        mean null: 0
 cudaError_t squeeze_from_means(const Normalization& norm, bool is_double, const void* sample_means, void* z,
@@ -172,17 +172,17 @@ cudaError_t batch_backward(const Normalization& norm, bool is_double, const Batc
 
 // ---- the whole block of one sample in one cluster ----
 
-// The vectors may be null: not wanted.
-struct Block {
+// Its two layers, and where their vectors go; null: not wanted.
+struct ClusterExcitation {
   Layer first, second;
   void* z;       // [N, C]
   void* hidden;  // [N, M]
   void* scale;   // [N, C]
 };
 // Shared memory of each of `cluster` blocks.
-std::int64_t block_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, int cluster);
+std::int64_t cluster_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, int cluster);
 // prologue and drop may be null; a prologue's pre is not the identity.
-cudaError_t write_block(const Batch& batch, int cluster, const Block& block, const RescaleMaps& maps,
-                        const Prologue* prologue, const void* drop);
+cudaError_t write_by_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation,
+                             const RescaleMaps& maps, const Prologue* prologue, const void* drop);
 
 }  // namespace se_ext::cuda

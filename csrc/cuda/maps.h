@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "../checks.h"
 #include "../feature_map.h"
 #include "device.h"
 #include "launch.h"
@@ -22,11 +21,12 @@ inline FeatureMap aligned_map(const at::Tensor& t) {
 }
 
 // Another map of the same shape in the layout of x; undefined where there is none.
-inline at::Tensor beside(const FeatureMap& x, const checks::OptionalTensor& other) {
-  return other.has_value() ? aligned(x.in_my_layout(*other)) : at::Tensor();
+inline at::Tensor aligned_like(const FeatureMap& x, const OptionalTensor& other) {
+  const at::Tensor t = x.in_my_layout(other);
+  return t.defined() ? aligned(t) : t;
 }
 
-inline at::Tensor vector_in(const checks::OptionalTensor& t, at::ScalarType type) {
+inline at::Tensor vector_in(const OptionalTensor& t, at::ScalarType type) {
   return t.has_value() ? aligned(t->to(type).contiguous()) : at::Tensor();
 }
 

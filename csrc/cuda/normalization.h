@@ -10,28 +10,36 @@ namespace se_ext::cuda {
 struct Vectors {
   at::Tensor weight, bias, mean, inverse;  // [C], undefined where absent
 
-  Vectors(const checks::OptionalTensor& weight_, const checks::OptionalTensor& bias_, at::ScalarType type)
-      : weight(vector_in(weight_, type)), bias(vector_in(bias_, type)) {}
+  Vectors(const ops::BatchNorm& norm, at::ScalarType type)
+      : weight(vector_in(norm.weight, type)), bias(vector_in(norm.bias, type)) {}
 
+  // What forward found of its batch.
+  void use(const ops::SavedStatistics& saved, at::ScalarType type) {
+    mean = vector_in(saved.mean, type);
+    inverse = vector_in(saved.inverse, type);
+  }
   Normalization of(const FeatureMap& x) const {
     return {x.samples, x.slab.channels, x.slab.points, data(weight), data(bias), data(mean), data(inverse)};
   }
 };
 
-// What is kept of a batch; of no elements where nothing is normalised, or where it is not asked for.
-struct BatchStatistics {
-  at::Tensor mean, var, inverse;  // [C]
-  at::Tensor sample_means;        // [N, C], mean of x over each sample
+// Fills `statistics` and the means of the samples [N, C], unless of no rows; gives v its mean and inverse; writes the
+// affine map that they make, a and b [C].
+void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Statistics& statistics,
+                         const at::Tensor& sample_means, void* a, void* b);
 
-  // Uninitialised.
-  static BatchStatistics empty(const FeatureMap& x, at::ScalarType type, bool of_batch, bool of_samples);
+// Where the gradient of a weight or bias [C] is summed up, in the accumulation type: `to` itself, a tensor of its own,
+// or where it is not wanted `scratch`. On a map of no points it is zeros: its sums hold the mean of no points, NaN.
+class VectorGradient {
+ public:
+  VectorGradient(const FeatureMap& x, const at::Tensor& to, void* scratch);
+  void* sums() const { return sums_; }
+  void write_back() const;
+
+ private:
+  bool is_empty_;
+  std::optional<InType> tensor_;  // where wanted
+  void* sums_;
 };
-
-// Fills `found`, gives v its mean and inverse, and writes the affine map that they make, a and b [C].
-void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const BatchStatistics& found, void* a, void* b);
-
-// The gradient of a weight or bias, [C], from what was summed up of the batch, in the dtype that it has. A map of no
-// points gives zeros: its sums hold the mean of no points, which is NaN.
-at::Tensor vector_gradient(const FeatureMap& x, const checks::OptionalTensor& of, const at::Tensor& summed);
 
 }  // namespace se_ext::cuda

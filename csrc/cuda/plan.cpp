@@ -22,7 +22,7 @@ int cluster_of(const Work& w, const Device& d) {
   if (w.samples > INT32_MAX / 8) return 0;  // a grid has no more blocks
   const int most = d.capability >= 90 ? static_cast<int>(std::min<std::int64_t>(8, shares)) : 1;
   const auto fits = [&](int cluster, int per_multiprocessor) {
-    const std::int64_t bytes = block_shared_bytes(w.dtype, w.slab, w.hidden_channels, cluster);
+    const std::int64_t bytes = cluster_shared_bytes(w.dtype, w.slab, w.hidden_channels, cluster);
     return bytes <= d.shared_per_block &&
            per_multiprocessor * (bytes + d.shared_reserved) <= d.shared_per_multiprocessor;
   };

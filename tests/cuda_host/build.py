@@ -97,7 +97,7 @@ def output(sanitize: str) -> Path:
 def library(sanitize: str = "address") -> Path:
     """The CUDA backend as a shared library for torch.ops.load_library."""
     csrc = ROOT / "csrc"
-    sources = [*csrc.glob("cuda/*.cpp"), *csrc.glob("cuda/kernels/*.cu"), csrc / "checks.cpp", csrc / "names.cpp"]
+    sources = [*csrc.glob("cuda/*.cpp"), *csrc.glob("cuda/kernels/*.cu"), *csrc.glob("ops/*.cpp")]
     sources += [p for p in HERE.glob("*.cpp") if p != SELF_TEST]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     target = output(sanitize) / "libse_ext_cuda_host.so"

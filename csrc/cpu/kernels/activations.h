@@ -16,7 +16,6 @@ SE_EXT_INLINE V clamp(V x, double low, double high) {
   return at_most(constant<V>(high), at_least(constant<V>(low), x));
 }
 
-inline constexpr double kLeakySlope = 0.01;
 inline constexpr double kSixth = 1.0 / 6;  // 6 times it is 1 in float and in double
 
 // u = A(v)

@@ -6,6 +6,64 @@
 
 namespace se_ext::cpu {
 
+// A part of a slab that is contiguous in memory: channels [begin, end) if ChannelsFirst, points if ChannelsLast.
+struct Tile {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+// y = post(scale ⊙ x + residual) on one sample. scale [C] in the accumulation type; residual may be null; y may be x.
+struct Rescale {
+  const void* x;
+  const void* scale;
+  const void* residual;
+  void* y;
+  Activation post;
+  bool streaming = false;  // the next op would miss the caches anyway: y is written past them
+};
+
+// u = pre(a ⊙ x + b) on one sample, a and b [C] in the accumulation type.
+struct PrologueMap {
+  const void* x;
+  const void* a;
+  const void* b;
+  Activation pre;
+};
+
+// y = post(scale ⊙ u + residual) on one sample. Where pre is the identity, a and b are those of this sample, with the
+// scale in them, and `scale` is not read.
+struct PrologueRescale {
+  PrologueMap map;
+  const void* scale;
+  const void* residual;
+  void* y;
+  Activation post;
+  bool streaming = false;
+};
+
+// The backward of PrologueRescale on one sample; grad, saved, grad_residual and streaming as in RescaleBackward.
+//   gv = g ⊙ post'(v)     gp = (gv ⊙ scale + grad_mean) ⊙ pre'(a ⊙ x + b), or gv where pre is the identity
+//   gx = factor ⊙ gp + slope ⊙ x + offset
+// Where `leaves_slopes`, the pass that sums writes what the next pass needs into the maps of the result: pre'(a ⊙ x +
+// b) into grad_x where pre is not the identity, gv into grad_residual where post is not. The next pass then reads gv,
+// the slope and x, and computes no activation.
+struct PrologueBackward {
+  PrologueMap map;
+  const void* grad;
+  const void* scale;
+  const void* saved;
+  const void* grad_mean;
+  const void* center;  // sums are taken of gp ⊙ (x - center)
+  const void* factor;
+  const void* slope;  // null: no term in x
+  const void* offset;
+  void* grad_x;
+  void* grad_residual;
+  Activation post;
+  bool streaming = false;
+  bool leaves_slopes = false;
+};
+
 // Over the feature map, by its dtype (map.h). `sums` [C] in acc: ChannelsFirst writes the tile's channels only.
 struct MapKernels {
   void (*squeeze)(const Slab&, Tile, const void* x, void* sums);
@@ -14,14 +72,14 @@ struct MapKernels {
   void (*rescale_backward_apply)(const Slab&, Tile, const RescaleBackward&);
 };
 
-// The same behind a prologue u = pre(a ⊙ x + b) (affine.h), which says where `sums` have several parts.
-struct AffineKernels {
+// The same behind a prologue u = pre(a ⊙ x + b) (prologue.h), which says where `sums` have several parts.
+struct PrologueKernels {
   void (*moments)(const Slab&, Tile, const void* x, void* sums);
   void (*finish_moments)(const Slab&, const void* x, const void* sums, void* mean, void* m2);
-  void (*squeeze)(const Slab&, Tile, const AffineMap&, void* u, void* sums);
-  void (*rescale)(const Slab&, Tile, const AffineRescale&);
-  void (*backward_sums)(const Slab&, Tile, const AffineBackward&, void* sums);
-  void (*backward_apply)(const Slab&, Tile, const AffineBackward&);
+  void (*squeeze)(const Slab&, Tile, const PrologueMap&, void* u, void* sums);
+  void (*rescale)(const Slab&, Tile, const PrologueRescale&);
+  void (*backward_sums)(const Slab&, Tile, const PrologueBackward&, void* sums);
+  void (*backward_apply)(const Slab&, Tile, const PrologueBackward&);
 };
 
 static constexpr int kSamplesAtOnce = 4;  // that a loaded weight of the excitation meets
@@ -63,7 +121,7 @@ struct NormKernels {
 
 struct KernelTable {
   MapKernels map[kDTypes];
-  AffineKernels affine[kDTypes];
+  PrologueKernels prologue[kDTypes];
   DenseKernels dense[kDTypes];
   VectorKernels vector_float;
   VectorKernels vector_double;

@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-#include "../../params.h"
+#include "kernels.h"
 #include "vec.h"
 
 namespace se_ext::cpu::SE_EXT_ISA {
@@ -121,8 +121,8 @@ void sums_behind_scale(const Normalization& norm, const void* scale_, const void
   }
 }
 
-// Where pre is not the identity: what affine_backward_sums sums up [5, C] → Σ gp and Σ gp ⊙ (x - mean), in place of the
-// first two, one sample
+// Where pre is not the identity: what prologue_backward_sums sums up [5, C] → Σ gp and Σ gp ⊙ (x - mean), in place of
+// the first two, one sample
 template <class A>
 void sums_behind_activation(std::int64_t channels, const void* scale_, const void* grad_mean_, void* sums_) {
   const A *scale = static_cast<const A*>(scale_), *grad_mean = static_cast<const A*>(grad_mean_);

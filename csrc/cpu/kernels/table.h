@@ -2,11 +2,11 @@
 // which setup.py compiles with that set's flags.
 #pragma once
 
-#include "affine.h"
 #include "dense.h"
 #include "kernels.h"
 #include "map.h"
 #include "normalization.h"
+#include "prologue.h"
 
 namespace se_ext::cpu::SE_EXT_ISA {
 
@@ -16,9 +16,9 @@ constexpr MapKernels map_kernels() {
 }
 
 template <class T>
-constexpr AffineKernels affine_kernels() {
-  return {moments<T>,        finish_moments<T>,       affine_squeeze<T>,
-          affine_rescale<T>, affine_backward_sums<T>, affine_backward_apply<T>};
+constexpr PrologueKernels prologue_kernels() {
+  return {moments<T>,          finish_moments<T>,         prologue_squeeze<T>,
+          prologue_rescale<T>, prologue_backward_sums<T>, prologue_backward_apply<T>};
 }
 
 template <class T>
@@ -42,7 +42,8 @@ const KernelTable& table() {
   // In the order of DType.
   static constexpr KernelTable kTable = {
       {map_kernels<float>(), map_kernels<double>(), map_kernels<bfloat16>(), map_kernels<float16>()},
-      {affine_kernels<float>(), affine_kernels<double>(), affine_kernels<bfloat16>(), affine_kernels<float16>()},
+      {prologue_kernels<float>(), prologue_kernels<double>(), prologue_kernels<bfloat16>(),
+       prologue_kernels<float16>()},
       {dense_kernels<float>(), dense_kernels<double>(), dense_kernels<bfloat16>(), dense_kernels<float16>()},
       vector_kernels<float>(),
       vector_kernels<double>(),

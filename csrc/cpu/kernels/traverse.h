@@ -6,7 +6,7 @@
 // tile in ChannelsLast, so that what belongs to a row stays in registers.
 #pragma once
 
-#include "../../params.h"
+#include "kernels.h"
 #include "vec.h"
 
 namespace se_ext::cpu::SE_EXT_ISA {

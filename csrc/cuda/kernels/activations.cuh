@@ -45,8 +45,6 @@ SE_EXT_DEVICE A clamp(A x, A low, A high) {  // lets NaN through
   return x > high ? high : x;
 }
 
-inline constexpr double kLeakySlope = 0.01;
-
 template <Activation a, bool fast, class A>
 SE_EXT_DEVICE A activate(A v) {
   if constexpr (a == Activation::Identity) {
@@ -151,7 +149,7 @@ struct Identity {
 struct Any {
   static constexpr bool kIdentity = false;
   Activation a;
-  SE_EXT_HOST_DEVICE explicit Any(Activation a_) : a(a_) {}
+  SE_EXT_HOST_DEVICE explicit Any(Activation chosen) : a(chosen) {}
 };
 
 template <bool fast, class A, int n>
@@ -167,10 +165,10 @@ SE_EXT_DEVICE void activate(Any any, Lanes<A, n>& v) {
 
 // g ← g ⊙ a'(v), given v and a(v)
 template <bool fast, class A, int n>
-SE_EXT_DEVICE void through(Identity, Lanes<A, n>&, const Lanes<A, n>&, const Lanes<A, n>&) {}
+SE_EXT_DEVICE void multiply_by_slope(Identity, Lanes<A, n>&, const Lanes<A, n>&, const Lanes<A, n>&) {}
 
 template <bool fast, class A, int n>
-SE_EXT_DEVICE void through(Any any, Lanes<A, n>& g, const Lanes<A, n>& input, const Lanes<A, n>& output) {
+SE_EXT_DEVICE void multiply_by_slope(Any any, Lanes<A, n>& g, const Lanes<A, n>& input, const Lanes<A, n>& output) {
   dispatch(any.a, [&](auto of) {
     constexpr Activation a = decltype(of)::value;
     SE_EXT_UNROLL

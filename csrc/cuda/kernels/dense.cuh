@@ -64,7 +64,7 @@ template <class A>
 SE_EXT_DEVICE A gradient_one(Activation a, A grad, A input, A output) {
   Lanes<A, 1> g{{grad}};
   const Lanes<A, 1> in{{input}}, out{{output}};
-  through<false>(Any(a), g, in, out);
+  multiply_by_slope<false>(Any(a), g, in, out);
   return g[0];
 }
 

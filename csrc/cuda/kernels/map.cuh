@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kThreads, 1)
               acc_t<typename Visitor::value_type> divisor) {
   using A = acc_t<typename Visitor::value_type>;
   for (std::int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
-    const auto found = w.by_tiles(item);
-    const std::int64_t tile = found.remainder;
-    const auto [sample, band] = w.by_next(found.quotient);
+    const auto place = w.by_tiles(item);
+    const std::int64_t tile = place.remainder;
+    const auto [sample, band] = w.by_next(place.quotient);
     const std::int64_t in_batch = w.first_sample + sample;
     const std::int64_t first_channel = band * w.tiling.width * n, base = in_batch * w.points;
     sum_band<n>(
@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(kThreads, 1) write_linear(Visitor visitor, Wor
 template <int n, class Visitor>
 __global__ void __launch_bounds__(kThreads, 1) write_bands(Visitor visitor, Work w) {
   for (std::int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
-    const auto found = w.by_tiles(w.items - 1 - item);
-    const auto [sample, band] = w.by_next(found.quotient);
-    const std::int64_t begin = found.remainder * w.extent;
+    const auto place = w.by_tiles(w.items - 1 - item);
+    const auto [sample, band] = w.by_next(place.quotient);
+    const std::int64_t begin = place.remainder * w.extent;
     const std::int64_t end = begin + w.extent < w.points ? begin + w.extent : w.points;
     const std::int64_t in_batch = w.first_sample + sample, base = in_batch * w.points;
     write_band<n>(visitor, in_batch, band * w.tiling.width * n, w.channels, begin, end, w.tiling, w.channels, w.points,

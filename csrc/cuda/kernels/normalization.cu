@@ -170,7 +170,7 @@ constexpr std::size_t kGroupBytes = kColumns * kGroups * sizeof(double);
 
 }  // namespace
 
-cudaError_t batch_statistics(const Batch& batch, const void* x, const Statistics& s) {
+cudaError_t batch_statistics(const Batch& batch, const void* x, const StatisticsVectors& s) {
   const auto [channels, points, layout] = batch.slab;
   const std::int64_t step = layout == Layout::ChannelsFirst ? points : 1;
   return with_type(batch.dtype, [&, channels = channels, points = points]<class T>(T) {
@@ -199,8 +199,8 @@ cudaError_t coefficients(const Normalization& norm, bool is_double, void* a, voi
   });
 }
 
-cudaError_t through_gate(Activation gate, bool is_double, const void* grad, const void* scale, void* out,
-                         std::int64_t first, std::int64_t items, cudaStream_t stream) {
+cudaError_t gate_gradient(Activation gate, bool is_double, const void* grad, const void* scale, void* out,
+                          std::int64_t first, std::int64_t items, cudaStream_t stream) {
   return with_accumulator(is_double, [&]<class A>() {
     return launch(gate_kernel<A>, divide_up(items, kThreads), kThreads, 0, stream, gate,
                   static_cast<const A*>(grad) + first, static_cast<const A*>(scale) + first,

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "activations.cuh"
-#include "walk.cuh"
+#include "traverse.cuh"
 
 namespace se_ext::cuda {
 
@@ -199,7 +199,7 @@ struct Gradient {
     if constexpr (!Post::kIdentity) {
       if (saved && reads_output) {
         const Lanes<A, n> y = widen<n>(raw.saved);
-        through<kIsHalf<T>>(post, gv, y, y);
+        multiply_by_slope<kIsHalf<T>>(post, gv, y, y);
       } else {
         Lanes<A, n> v;
         if (saved) {
@@ -212,7 +212,7 @@ struct Gradient {
         }
         Lanes<A, n> y = v;
         if (reads_output) activate<kIsHalf<T>>(post, y);
-        through<kIsHalf<T>>(post, gv, v, y);
+        multiply_by_slope<kIsHalf<T>>(post, gv, v, y);
       }
     }
     return gv;
@@ -341,8 +341,8 @@ struct SumPrologueBackward : PrologueGradient<T, Pre, Post> {
       }
     } else {
       Lanes<A, n> gd = v.gv, d = lanes<A, n>([](int) { return A(1); });
-      through<kIsHalf<T>>(this->pre, gd, v.p, v.u);
-      through<kIsHalf<T>>(this->pre, d, v.p, v.u);
+      multiply_by_slope<kIsHalf<T>>(this->pre, gd, v.p, v.u);
+      multiply_by_slope<kIsHalf<T>>(this->pre, d, v.p, v.u);
       SE_EXT_UNROLL
       for (int j = 0; j < n; ++j) {
         sums[0][j] = multiply_add(v.gv[j], v.u[j], sums[0][j]);
@@ -381,7 +381,7 @@ struct WritePrologueBackward : PrologueGradient<T, Pre, Post> {
     if (grad_residual) store(grad_residual + i, v.gv, streaming);
     if (!grad_x) return;
     auto gp = lanes<A, n>([&](int j) { return multiply_add(v.gv[j], of.prologue.scale[j], of.grad_mean[j]); });
-    through<kIsHalf<T>>(this->pre, gp, v.p, v.u);
+    multiply_by_slope<kIsHalf<T>>(this->pre, gp, v.p, v.u);
     Lanes<A, n> gx;
     SE_EXT_UNROLL
     for (int j = 0; j < n; ++j) {

@@ -7,15 +7,12 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include "allocate.h"
-#include "autocast.h"
-#include "ops.h"
+#include "../keys/autocast.h"
+#include "../ops/allocate.h"
+#include "../ops/checks.h"
 
 namespace se_ext {
 namespace {
-
-using at::Tensor;
-using checks::OptionalTensor;
 
 // What the batch norm is with given statistics: a = weight / sqrt(var + eps), b = bias - mean a, [C], in the
 // accumulation type. Gradients flow to weight and bias.
@@ -117,7 +114,7 @@ void update(const Running& running, const Tensor& input, const Tensor& mean, con
 }
 
 // A batch norm's vectors and statistics, as a module holds them.
-struct BatchNorm {
+struct BatchNormModule {
   const OptionalTensor &weight, &bias;
   const char *weight_name, *bias_name;
   Running running;
@@ -125,7 +122,7 @@ struct BatchNorm {
   double eps;
 };
 
-void check_folded(const char* op, const Tensor& input, const BatchNorm& bn) {
+void check_folded(const char* op, const Tensor& input, const BatchNormModule& bn) {
   const Autocast cast(input);
   const auto check = [&](const char* name, const OptionalTensor& vector) {
     const auto type = vector.has_value() ? cast.weight_type(*vector) : at::ScalarType::Undefined;
@@ -138,7 +135,7 @@ void check_folded(const char* op, const Tensor& input, const BatchNorm& bn) {
 // call(weight, bias, batch_statistics) is the op on the batch norm's weight and bias where it is training, else on what
 // they and the running statistics fold into; it returns the output and the statistics of the batch.
 template <class F>
-Tensor with_running_statistics(const char* op, const Tensor& input, const BatchNorm& bn, const F& call) {
+Tensor with_running_statistics(const char* op, const Tensor& input, const BatchNormModule& bn, const F& call) {
   const OptionalTensor &mean = bn.running.mean, &var = bn.running.var;
   checks::running_statistic(op, "running_mean", mean, input);
   checks::running_statistic(op, "running_var", var, input);
@@ -149,9 +146,9 @@ Tensor with_running_statistics(const char* op, const Tensor& input, const BatchN
     const auto [a, b] = fold(bn.weight, bn.bias, *mean, *var, bn.eps, accumulation_type(input.scalar_type()));
     return std::get<0>(call(a, b, /*batch_statistics=*/false));
   }
-  const auto found = call(bn.weight, bn.bias, /*batch_statistics=*/true);
-  update(bn.running, input, std::get<1>(found), std::get<2>(found));
-  return std::get<0>(found);
+  const auto results = call(bn.weight, bn.bias, /*batch_statistics=*/true);
+  update(bn.running, input, std::get<1>(results), std::get<2>(results));
+  return std::get<0>(results);
 }
 
 Tensor bn_squeeze_excite(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -161,23 +158,36 @@ Tensor bn_squeeze_excite(const Tensor& input, const OptionalTensor& weight, cons
                          std::string_view pre_activation, std::string_view activation, std::string_view gate,
                          const OptionalTensor& residual, std::string_view post_activation,
                          const OptionalTensor& drop_scale) {
-  const BatchNorm bn{weight,   bias, "bn_weight", "bn_bias", {running_mean, running_var, batches, momentum},
-                     training, eps};
-  return with_running_statistics(
-      "bn_squeeze_excite", input, bn, [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
-        return ops::bn_squeeze_excite().call(input, a, b, w1, b1, w2, b2, batch_statistics, eps, pre_activation,
-                                             activation, gate, residual, post_activation, drop_scale);
-      });
+  const BatchNormModule bn{weight,   bias, "bn_weight", "bn_bias", {running_mean, running_var, batches, momentum},
+                           training, eps};
+  return with_running_statistics("bn_squeeze_excite", input, bn,
+                                 [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
+                                   return ops::bn_squeeze_excite({input,
+                                                                  a,
+                                                                  b,
+                                                                  w1,
+                                                                  b1,
+                                                                  w2,
+                                                                  b2,
+                                                                  batch_statistics,
+                                                                  eps,
+                                                                  pre_activation,
+                                                                  activation,
+                                                                  gate,
+                                                                  {residual, post_activation},
+                                                                  drop_scale});
+                                 });
 }
 
 Tensor bn_activation(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
                      const OptionalTensor& batches, bool training, std::optional<double> momentum, double eps,
                      std::string_view activation) {
-  const BatchNorm bn{weight, bias, "weight", "bias", {running_mean, running_var, batches, momentum}, training, eps};
+  const BatchNormModule bn{weight,   bias, "weight", "bias", {running_mean, running_var, batches, momentum},
+                           training, eps};
   return with_running_statistics("bn_activation", input, bn,
                                  [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
-                                   return ops::_bn_activation().call(input, a, b, batch_statistics, eps, activation);
+                                   return ops::_bn_activation({input, a, b, batch_statistics, eps, activation});
                                  });
 }
 

@@ -3,7 +3,7 @@
 
 #include <string_view>
 
-#include "params.h"
+#include "activation.h"
 
 namespace se_ext {
 

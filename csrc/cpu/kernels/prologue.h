@@ -90,7 +90,7 @@ SE_EXT_INLINE void dispatch_behind_activation(Layout layout, Activation pre, Act
 
 // f.operator()<layout>(pre, post)
 template <class T, class F>
-SE_EXT_INLINE void dispatch_affine(Layout layout, Activation pre, Activation post, F&& f) {
+SE_EXT_INLINE void dispatch_prologue(Layout layout, Activation pre, Activation post, F&& f) {
   using Identity = Compiled<Activation::Identity>;
   if (pre != Activation::Identity) return dispatch_behind_activation<T>(layout, pre, post, f);
   dispatch_layout(layout, [&]<Layout l>() {
@@ -137,7 +137,7 @@ void finish_moments(const Slab& slab, const void* x_, const void* sums_, void* m
 
 // sums[c] = Σ_p u; where `u` is not null, u itself is written there too
 template <class T>
-void affine_squeeze(const Slab& slab, Tile tile, const AffineMap& m, void* u_, void* sums) {
+void prologue_squeeze(const Slab& slab, Tile tile, const PrologueMap& m, void* u_, void* sums) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(m.x);
   const A *as = static_cast<const A*>(m.a), *bs = static_cast<const A*>(m.b);
@@ -157,14 +157,14 @@ void affine_squeeze(const Slab& slab, Tile tile, const AffineMap& m, void* u_, v
 
 // y = post(scale ⊙ u + residual)
 template <class T>
-void affine_rescale(const Slab& slab, Tile tile, const AffineRescale& r) {
+void prologue_rescale(const Slab& slab, Tile tile, const PrologueRescale& r) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(r.map.x);
   const A *as = static_cast<const A*>(r.map.a), *bs = static_cast<const A*>(r.map.b);
   const A* scales = static_cast<const A*>(r.scale);
   const T* residual = static_cast<const T*>(r.residual);
   T* y = static_cast<T*>(r.y);
-  dispatch_affine<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
+  dispatch_prologue<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
     using Pre = decltype(pre);
     const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
       const PerChannel<layout, A> a(as, channels), b(bs, channels), scale(Pre::kIdentity ? nullptr : scales, channels);
@@ -181,7 +181,7 @@ void affine_rescale(const Slab& slab, Tile tile, const AffineRescale& r) {
 
 // f(has_saved), a bool that is compiled in where post is.
 template <class Post, class F>
-SE_EXT_INLINE void dispatch_saved(const AffineBackward& r, F&& f) {
+SE_EXT_INLINE void dispatch_saved(const PrologueBackward& r, F&& f) {
   const bool has_saved = r.saved;
   if constexpr (Post::kIdentity) {
     f(std::false_type{});
@@ -194,7 +194,7 @@ SE_EXT_INLINE void dispatch_saved(const AffineBackward& r, F&& f) {
 
 // gv = g ⊙ post'(v) at one register, and what lies on the way to it.
 template <class T, Layout layout, class Pre, class Post, class HasSaved>
-struct AffineGradient {
+struct PrologueGradient {
   using A = acc_t<T>;
   struct Values {
     Vec<A> x, p, u, slope, gv;  // p = a ⊙ x + b, slope = pre'(p) where pre is smooth; only what is used costs anything
@@ -206,8 +206,8 @@ struct AffineGradient {
   const T *grad, *x, *saved;
   PerChannel<layout, A> a, b, scale;
 
-  SE_EXT_ALWAYS_INLINE AffineGradient(Pre pre_, Post post_, HasSaved has_saved_, const AffineBackward& r,
-                                      Channels channels)
+  SE_EXT_ALWAYS_INLINE PrologueGradient(Pre pre_, Post post_, HasSaved has_saved_, const PrologueBackward& r,
+                                        Channels channels)
       : pre(pre_),
         post(post_),
         has_saved(has_saved_),
@@ -264,7 +264,7 @@ struct AffineGradient {
   }
 };
 
-// What happens to a register's pre'(p) and gv beside their being summed: see AffineBackward::keeps.
+// What happens to a register's pre'(p) and gv beside their being summed: see PrologueBackward::leaves_slopes.
 struct KeepNothing {
   template <class V, class L>
   inline SE_EXT_ALWAYS_INLINE void operator()(std::int64_t, V, V, L) const {}
@@ -288,21 +288,21 @@ struct KeepWhatIsAsked {
 };
 
 template <class T, class Pre, class Post, class F>
-SE_EXT_INLINE void dispatch_keeping(const Slab& slab, Tile tile, const AffineBackward& r, F&& f) {
+SE_EXT_INLINE void dispatch_leaving(const Slab& slab, Tile tile, const PrologueBackward& r, F&& f) {
   T* gradients = static_cast<T*>(r.grad_residual);
   if constexpr (Pre::kIdentity && Post::kCheap) {  // waits for memory alone: a branch at every store would cost
     if constexpr (!Post::kIdentity) {
-      if (r.keeps && r.streaming && rows_are_aligned(slab, tile, gradients)) {
+      if (r.leaves_slopes && r.streaming && rows_are_aligned(slab, tile, gradients)) {
         f(KeepGradient<PastCache<T>>{{gradients}});
         return fence_streams();
       }
-      if (r.keeps) return f(KeepGradient<ToCache<T>>{{gradients}});
+      if (r.leaves_slopes) return f(KeepGradient<ToCache<T>>{{gradients}});
     }
     return f(KeepNothing{});
   } else {
     T* slopes = static_cast<T*>(r.grad_x);
-    return f(KeepWhatIsAsked<T>{r.keeps && !Pre::kIdentity ? slopes : nullptr,
-                                r.keeps && r.post != Activation::Identity ? gradients : nullptr});
+    return f(KeepWhatIsAsked<T>{r.leaves_slopes && !Pre::kIdentity ? slopes : nullptr,
+                                r.leaves_slopes && r.post != Activation::Identity ? gradients : nullptr});
   }
 }
 
@@ -313,14 +313,14 @@ SE_EXT_INLINE void dispatch_keeping(const Slab& slab, Tile tile, const AffineBac
 // from which follow the gradient of the scale and, once grad_mean is known, the sums of gp = (gv ⊙ scale + grad_mean) ⊙
 // d.
 template <class T>
-void affine_backward_sums(const Slab& slab, Tile tile, const AffineBackward& r, void* sums) {
+void prologue_backward_sums(const Slab& slab, Tile tile, const PrologueBackward& r, void* sums) {
   using A = acc_t<T>;
-  dispatch_affine<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
+  dispatch_prologue<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
     using Pre = decltype(pre);
     using Post = decltype(post);
     dispatch_saved<Post>(r, [&](auto has_saved) SE_EXT_ALWAYS_INLINE {
-      dispatch_keeping<T, Pre, Post>(slab, tile, r, [&](auto keep) SE_EXT_ALWAYS_INLINE {
-        using Gradient = AffineGradient<T, layout, Pre, Post, decltype(has_saved)>;
+      dispatch_leaving<T, Pre, Post>(slab, tile, r, [&](auto keep) SE_EXT_ALWAYS_INLINE {
+        using Gradient = PrologueGradient<T, layout, Pre, Post, decltype(has_saved)>;
         sum_tile<layout>(slab, tile, static_cast<A*>(sums), [&](Channels channels) SE_EXT_ALWAYS_INLINE {
           return [keep, gradient = Gradient(pre, post, has_saved, r, channels),
                   center = PerChannel<layout, A>(static_cast<const A*>(r.center), channels)](
@@ -345,7 +345,7 @@ void affine_backward_sums(const Slab& slab, Tile tile, const AffineBackward& r, 
 
 // grad_x where the sums left gv and the slopes
 template <class T, Layout layout, bool kSlopes>
-SE_EXT_INLINE void affine_backward_finish(const Slab& slab, Tile tile, const AffineBackward& r) {
+SE_EXT_INLINE void prologue_backward_finish(const Slab& slab, Tile tile, const PrologueBackward& r) {
   using A = acc_t<T>;
   const T* gradients = static_cast<const T*>(r.post == Activation::Identity ? r.grad : r.grad_residual);
   const T* x = static_cast<const T*>(r.map.x);
@@ -372,24 +372,24 @@ SE_EXT_INLINE void affine_backward_finish(const Slab& slab, Tile tile, const Aff
 
 // grad_x = factor ⊙ gp + slope ⊙ x + offset, grad_residual = gv
 template <class T>
-void affine_backward_apply(const Slab& slab, Tile tile, const AffineBackward& r) {
+void prologue_backward_apply(const Slab& slab, Tile tile, const PrologueBackward& r) {
   using A = acc_t<T>;
-  if (r.keeps) {
+  if (r.leaves_slopes) {
     return dispatch_layout(slab.layout, [&]<Layout layout>() {
-      if (r.map.pre == Activation::Identity) return affine_backward_finish<T, layout, false>(slab, tile, r);
-      if constexpr (sizeof(T) == sizeof(A)) affine_backward_finish<T, layout, true>(slab, tile, r);
+      if (r.map.pre == Activation::Identity) return prologue_backward_finish<T, layout, false>(slab, tile, r);
+      if constexpr (sizeof(T) == sizeof(A)) prologue_backward_finish<T, layout, true>(slab, tile, r);
     });
   }
   T* grad_x = static_cast<T*>(r.grad_x);
   T* grad_residual = static_cast<T*>(r.grad_residual);
   const bool has_slope = r.slope;
-  dispatch_affine<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
+  dispatch_prologue<T>(slab.layout, r.map.pre, r.post, [&]<Layout layout>(auto pre, auto post) {
     constexpr bool kCheap = decltype(pre)::kCheap && decltype(post)::kCheap;
     struct Both {
       Vec<A> grad_x, grad_residual;
     };
     dispatch_saved<decltype(post)>(r, [&](auto has_saved) SE_EXT_ALWAYS_INLINE {
-      using Gradient = AffineGradient<T, layout, decltype(pre), decltype(post), decltype(has_saved)>;
+      using Gradient = PrologueGradient<T, layout, decltype(pre), decltype(post), decltype(has_saved)>;
       const auto both = [&](Channels channels) SE_EXT_ALWAYS_INLINE {
         // In place: these are too many registers for the compiler to see through a copy.
         return [has_slope, gradient = Gradient(pre, post, has_saved, r, channels),

@@ -255,8 +255,8 @@ SharedPlan<A> shared_plan(DType type, const Slab& slab, std::int64_t hidden_chan
 }
 
 template <Writing writing, int n, class Squeeze, class Rescale>
-cudaError_t launch_block(const Batch& batch, int cluster, const Block& block, const Squeeze& squeeze,
-                         const Rescale& rescale) {
+cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation, const Squeeze& squeeze,
+                           const Rescale& rescale) {
   using A = acc_t<typename Squeeze::value_type>;
   const auto kernel = block_kernel<writing, n, Squeeze, Rescale>;
   const auto layer = [](const Layer& l) {
@@ -265,19 +265,19 @@ cudaError_t launch_block(const Batch& batch, int cluster, const Block& block, co
   };
   const BlockWork<A> work{Tiling::of(batch.slab, batch.dtype),
                           batch.slab.channels,
-                          block.first.rows,
+                          excitation.first.rows,
                           batch.slab.points,
                           batch.first,
                           unit_of(batch.slab, batch.dtype),
                           part_bytes_of(batch.dtype, batch.slab, cluster),
                           Divider(batch.slab.points),
-                          layer(block.first),
-                          layer(block.second),
-                          block.first.type != batch.dtype,
-                          static_cast<A*>(block.z),
-                          static_cast<A*>(block.hidden),
-                          static_cast<A*>(block.scale)};
-  const std::int64_t shared = shared_plan<A>(batch.dtype, batch.slab, block.first.rows, cluster).bytes;
+                          layer(excitation.first),
+                          layer(excitation.second),
+                          excitation.first.type != batch.dtype,
+                          static_cast<A*>(excitation.z),
+                          static_cast<A*>(excitation.hidden),
+                          static_cast<A*>(excitation.scale)};
+  const std::int64_t shared = shared_plan<A>(batch.dtype, batch.slab, excitation.first.rows, cluster).bytes;
   if (shared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -298,44 +298,45 @@ cudaError_t launch_block(const Batch& batch, int cluster, const Block& block, co
 }
 
 template <class Squeeze, class Rescale>
-cudaError_t choose_block(const Batch& batch, int cluster, const Block& block, const Squeeze& squeeze,
-                         const Rescale& rescale) {
+cudaError_t choose_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation, const Squeeze& squeeze,
+                           const Rescale& rescale) {
   using T = typename Squeeze::value_type;
   const Tiling tiling = Tiling::of(batch.slab, batch.dtype);
   if (batch.slab.layout == Layout::ChannelsLast) {
-    return tiling.access == 1 ? launch_block<Writing::Bands, 1>(batch, cluster, block, squeeze, rescale)
-                              : launch_block<Writing::Bands, kFull<T>>(batch, cluster, block, squeeze, rescale);
+    return tiling.access == 1 ? launch_cluster<Writing::Bands, 1>(batch, cluster, excitation, squeeze, rescale)
+                              : launch_cluster<Writing::Bands, kFull<T>>(batch, cluster, excitation, squeeze, rescale);
   }
   if (writes_across_rows(batch.slab, batch.dtype)) {
-    return launch_block<Writing::AcrossRows, 1>(batch, cluster, block, squeeze, rescale);
+    return launch_cluster<Writing::AcrossRows, 1>(batch, cluster, excitation, squeeze, rescale);
   }
-  return with_access<T>(
-      tiling.access, [&]<int n>() { return launch_block<Writing::Rows, n>(batch, cluster, block, squeeze, rescale); });
+  return with_access<T>(tiling.access, [&]<int n>() {
+    return launch_cluster<Writing::Rows, n>(batch, cluster, excitation, squeeze, rescale);
+  });
 }
 
 }  // namespace
 
-std::int64_t block_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, int cluster) {
+std::int64_t cluster_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, int cluster) {
   return dtype == DType::Float64 ? shared_plan<double>(dtype, slab, hidden_channels, cluster).bytes
                                  : shared_plan<float>(dtype, slab, hidden_channels, cluster).bytes;
 }
 
-cudaError_t write_block(const Batch& batch, int cluster, const Block& block, const RescaleMaps& m,
-                        const Prologue* prologue, const void* drop) {
+cudaError_t write_by_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation, const RescaleMaps& m,
+                             const Prologue* prologue, const void* drop) {
   if (batch.samples == 0 || batch.slab.channels == 0 || batch.slab.points == 0) return cudaSuccess;
   return with_type(batch.dtype, [&]<class T>(T) {
     using A = acc_t<T>;
     const T* x = static_cast<const T*>(m.x);
     if (prologue) {
-      return choose_block(
-          batch, cluster, block,
+      return choose_cluster(
+          batch, cluster, excitation,
           SumPrologue<T>{
               {x}, static_cast<const A*>(prologue->a), static_cast<const A*>(prologue->b), Any(prologue->pre)},
           make_rescale<T>(batch, *prologue, drop, m, Any(prologue->pre), Any(m.post)));
     }
-    return choose_block(batch, cluster, block, SumInput<T>{x},
-                        WriteRescale<T, Any>{x, nullptr, static_cast<const T*>(m.residual), static_cast<T*>(m.y),
-                                             Any(m.post), batch.slab.channels, batch.streaming});
+    return choose_cluster(batch, cluster, excitation, SumInput<T>{x},
+                          WriteRescale<T, Any>{x, nullptr, static_cast<const T*>(m.residual), static_cast<T*>(m.y),
+                                               Any(m.post), batch.slab.channels, batch.streaming});
   });
 }
 

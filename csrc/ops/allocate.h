@@ -1,5 +1,4 @@
-// What the ops return and in which layout: shared by the adapters and the fake kernels, so that the strides of a
-// traced graph are those of the real run.
+// Which layout an op's outputs have, and which type. Sizes are symbolic where the input's are.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,5 +32,16 @@ inline at::ScalarType accumulation_type(at::ScalarType type) {
 inline at::Tensor empty_matrix(c10::SymInt rows, c10::SymInt columns, const at::Tensor& like, at::ScalarType type) {
   return at::empty_symint({std::move(rows), std::move(columns)}, like.options().dtype(type));
 }
+
+// An output that is computed in another type: the output itself where it has that type.
+struct InType {
+  at::Tensor output, tensor;
+
+  InType(const at::Tensor& to, at::ScalarType type)
+      : output(to), tensor(to.scalar_type() == type ? to : at::empty_like(to, to.options().dtype(type))) {}
+  void write_back() const {
+    if (!tensor.is_same(output)) output.copy_(tensor);
+  }
+};
 
 }  // namespace se_ext

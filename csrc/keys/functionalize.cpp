@@ -1,0 +1,29 @@
+// The in-place ops for compilers and exporters, which trace programs without mutation: the functional op, and a copy
+// into the input that functionalisation understands. The traced graph holds the functional op alone.
+//
+// Without these kernels torch makes the ops functional by itself, and its compiler decides where a copy of the input is
+// needed. Inductor (2.13, frozen convolutions) takes that copy by the strides that tracing saw, after it has changed
+// the layout of the convolution's output: a silently wrong result, whatever the op's schema says.
+#include "../ops/checks.h"
+
+namespace se_ext {
+namespace {
+
+template <class InPlace, class Functional>
+void written(const typename InPlace::Arguments& a) {
+  checks::in_place(InPlace::name, a);
+  a.input.copy_(Functional()(a));
+}
+
+template <class InPlace, class Functional>
+void add(torch::Library& m, InPlace, Functional) {
+  InPlace::template register_with<written<InPlace, Functional>>(m);
+}
+
+TORCH_LIBRARY_IMPL(se_ext, Functionalize, m) {
+  add(m, ops::rescale_, ops::rescale);
+  add(m, ops::squeeze_excite_, ops::squeeze_excite);
+}
+
+}  // namespace
+}  // namespace se_ext
