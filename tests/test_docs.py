@@ -30,8 +30,6 @@ README = ROOT / "README.md"
 USAGE = ROOT / "docs" / "usage.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")])
 GENERATED = ("benchmarks.md", "targets.md")  # of docs/, written by `make readme`
-# Written by `make readme` of a branch that is not merged yet.
-PENDING = {ROOT / "docs/benchmarks.md", ROOT / "docs/targets.md", ROOT / "docs/images/speedup-float32-batch8.png"}
 
 
 @dataclass(frozen=True)
@@ -195,15 +193,9 @@ def test_links_and_images_lead_somewhere(page: Path) -> None:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if file in PENDING and not file.exists():
-            continue
         assert file.exists(), target
         if anchor:
             assert anchor in anchors(file), target
-
-
-def test_nothing_that_exists_is_called_pending() -> None:
-    assert not [name(file) for file in PENDING if file.exists()], "merged: take it out of PENDING"
 
 
 def test_the_readme_links_every_page() -> None:

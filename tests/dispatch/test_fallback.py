@@ -1,4 +1,4 @@
-"""Devices without kernels of ours run the plain formula (csrc/composite.cpp).
+"""Devices without kernels of ours run the plain formula (csrc/formula/formula.cpp).
 
 No such device is at hand: the ops are redispatched, with CPU tensors, to the kernels that one would get.
 """
