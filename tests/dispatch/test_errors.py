@@ -452,10 +452,10 @@ def test_a_gradient_of_the_wrong_shape_is_refused(mode: str) -> None:
             RuntimeError, match=r"^squeeze_excite: expected grad_output of shape \[3, 8, 5, 5\], got \[3, 8, 5, 4\]$"
         ):
             ops._squeeze_excite_backward(
-                g, x(), *w, x(N, C), x(N, M), x(N, C), None, "relu", "sigmoid", "identity", [True] * 5 + [False]
+                g, x(), *w, "relu", "sigmoid", None, "identity", x(N, C), x(N, M), x(N, C), [True] * 5 + [False]
             )
         with pytest.raises(RuntimeError, match=r"^excite: expected grad_output of shape \[3, 8\], got \[3, 4\]$"):
-            ops._excite_backward(x(N, M), x(N, C), *w, x(N, M), x(N, C), "relu", "sigmoid", [True] * 5)
+            ops._excite_backward(x(N, M), x(N, C), *w, "relu", "sigmoid", x(N, M), x(N, C), [True] * 5)
 
 
 @pytest.mark.parametrize("kind", ["scale", "weight"])
