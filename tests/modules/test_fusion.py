@@ -401,6 +401,19 @@ def test_random_numbers_are_drawn_in_timms_order(attach: Callable[[Any, Log], No
     compare((ours, theirs), attach, lambda network: network[1])
 
 
+def test_a_script_draws_random_numbers_in_eagers_order() -> None:
+    """Stochastic depth before the shortcut."""
+    block = basic_block(drop_path=0.5)
+    block.downsample = nn.Dropout(0.5)
+    nn.init.uniform_(block.bn2.weight, 0.5, 1.0)
+    script = torch.jit.script(block)
+    x = make_map((8, C, 6, 6))
+    torch.manual_seed(1)
+    expected = block(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(script(x), expected)
+
+
 @pytest.mark.parametrize("name", ["bn", "se"])
 @pytest.mark.parametrize("hook", [forward_hook, pre_hook, backward_hook, own_forward])
 def test_hooks_in_the_tail_run(hook: Any, name: str) -> None:
