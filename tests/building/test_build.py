@@ -64,7 +64,7 @@ def test_the_source_distribution_holds_all_that_a_build_reads(tmp_path: Path) ->
     sources = [*ROOT.glob("csrc/**/*"), *ROOT.glob("se_ext/*.py"), *ROOT.glob("se_ext/*.pyi"), *ROOT.glob("setup*.py")]
     wanted = {file.relative_to(ROOT).as_posix() for file in sources if file.is_file()} - {"se_ext/_build.py"}
     wanted |= {"pyproject.toml", "LICENSE", "README.md", "se_ext/py.typed"}
-    assert {"setup_cuda.py", "csrc/params.h", "csrc/cuda/kernels/cluster.cu", "csrc/cuda/kernels/traverse.cuh"} <= wanted
+    assert {"setup_cuda.py", "csrc/params.h", "csrc/cuda/kernels/cluster.cu"} <= wanted
     assert wanted <= held, sorted(wanted - held)
     beyond = {name for name in held - wanted if not name.startswith("se_ext.egg-info/")}
     assert beyond <= {"MANIFEST.in", "PKG-INFO", "setup.cfg"}, beyond
