@@ -1,7 +1,7 @@
-// The ops with a batch norm as a module calls them: with running statistics, which training updates and evaluation
-// reads. Written in ATen operators and the op itself, so that autograd, autocast and torch.compile see those; in C++
-// because half a dozen operators on [C] vectors, called one by one from Python, take as long as the kernels do on a
-// small map. Where nobody would see the operators that update, a loop takes their place.
+// The ops with a batch norm as a module calls them: training updates the running statistics, evaluation reads them.
+// They are written in ATen operators and the op itself, which autograd, autocast and torch.compile then see. They are
+// in C++, because six operators on [C] vectors, called from Python one by one, take as long as the kernels do on a
+// small map. On plain tensors, with no mode, transform or tracer active, a loop replaces the operators of the update.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>

@@ -51,7 +51,7 @@ struct Backend {
   static void squeeze_excite_backward(const ops::SqueezeExciteBackward& a, const ops::Activations& names,
                                       const Gradients<6>& to);
 
-  // Fills `saved`, and beside it the variance.
+  // Fills `saved` and the variance.
   static void bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::Activations& names, const Tensor& y,
                                 const ops::SavedBnSqueezeExcite& saved, const Tensor& var);
   static void bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackward& a, const ops::Activations& names,

@@ -80,14 +80,14 @@ void dtype(const char* op, const char* name, const Tensor& t, c10::ScalarType ex
                    name_of(t.scalar_type()));
 }
 
-// The map's dtype, or float32 beside a half-typed map (mixed precision keeps its master weights).
-void dtype_beside(const char* op, const char* name, c10::ScalarType type, c10::ScalarType map) {
+// The map's dtype, or float32 with a half-typed map (mixed precision keeps its master weights).
+void dtype_or_float32(const char* op, const char* name, c10::ScalarType type, c10::ScalarType map) {
   const bool may_be_float32 = is_half(map);
   TORCH_CHECK_TYPE(type == map || (may_be_float32 && type == c10::ScalarType::Float), op, ": expected ", name,
                    " of dtype ", name_of(map), may_be_float32 ? " or float32" : "", ", got ", name_of(type));
 }
-void dtype_beside(const char* op, const char* name, const Tensor& t, c10::ScalarType map) {
-  dtype_beside(op, name, t.scalar_type(), map);
+void dtype_or_float32(const char* op, const char* name, const Tensor& t, c10::ScalarType map) {
+  dtype_or_float32(op, name, t.scalar_type(), map);
 }
 
 // [rows, columns] or [rows, columns, 1, 1]; rows < 0 leaves them free, and the message calls them M.
@@ -124,7 +124,7 @@ void bias(const char* op, const char* name, const OptionalTensor& b, const Tenso
 void excitation(const char* op, const Tensor& input, const ops::Excitation& e, Activations& parsed) {
   device(op, "w1", e.w1, input);
   device(op, "w2", e.w2, input);
-  dtype_beside(op, "w1", e.w1, input.scalar_type());
+  dtype_or_float32(op, "w1", e.w1, input.scalar_type());
   dtype(op, "w2", e.w2, e.w1.scalar_type());
   const c10::SymInt channels = input.sym_size(1);
   weight(op, "w1", e.w1, nullptr, channels);
@@ -156,7 +156,7 @@ void more_than_one_value(const char* op, const Tensor& input) {
 void vector(const char* op, const char* name, const OptionalTensor& t, const Tensor& input, const c10::SymInt& size) {
   if (!t.has_value()) return;
   device(op, name, *t, input);
-  dtype_beside(op, name, *t, input.scalar_type());
+  dtype_or_float32(op, name, *t, input.scalar_type());
   shape(op, name, *t, {size});
 }
 
@@ -247,7 +247,7 @@ void folded_vector(const char* op, const char* name, const OptionalTensor& vecto
   map(op, input);
   if (!vector.has_value()) return;
   device(op, name, *vector, input);
-  dtype_beside(op, name, vector_type, map_type);
+  dtype_or_float32(op, name, vector_type, map_type);
   shape(op, name, *vector, {input.sym_size(1)});
 }
 
@@ -274,7 +274,7 @@ Activations Excite::check(const char* op) const {
 Activations Rescale::check(const char* op) const {
   checks::map(op, input);
   checks::device(op, "scale", scale, input);
-  checks::dtype_beside(op, "scale", scale, input.scalar_type());
+  checks::dtype_or_float32(op, "scale", scale, input.scalar_type());
   checks::shape(op, "scale", scale, {input.sym_size(0), input.sym_size(1)});
   Activations parsed;
   checks::tail(op, input, tail, parsed);

@@ -69,11 +69,11 @@ struct FromFlat<A, f, Result(P...)> {
   static Result call(P... arguments) { return f(A{arguments...}); }
 };
 
-// What is known of a tensor argument beside its value, in the order of flat().
+// What is known of a tensor argument apart from its value, in the order of flat().
 enum class Role : std::uint8_t {
   Map,       // of the input's shape; autocast casts it
   Residual,  // a map that is added; autograd may keep the output in its place
-  Weight,    // float32 weights stay so beside a half-typed map
+  Weight,    // a float32 weight stays so with a half-typed map
   Drawn,     // drawn at random: a weight that gets no gradient
 };
 struct TensorInfo {
@@ -102,17 +102,17 @@ void for_each_tensor(const A& arguments, F&& f) {
 // An op's name as a template argument.
 template <std::size_t length>
 struct Name {
-  char text[length];
-  constexpr Name(const char (&name)[length]) { std::copy_n(name, length, text); }  // NOLINT: from a literal
+  char characters[length];
+  constexpr Name(const char (&name)[length]) { std::copy_n(name, length, characters); }  // NOLINT: from a literal
 };
 
 // An op: its name in the namespace, its arguments, how many tensors it returns. Called, it goes through the dispatcher.
-template <Name name_, class A, std::size_t returns>
+template <Name text, class A, std::size_t returns>
 struct Op {
   using Arguments = A;
   using Result = typename Returned<returns>::type;
   using Signature = typename SignatureOf<Result, Flat<A>>::type;
-  static constexpr const char* name = name_.text;
+  static constexpr const char* name = text.characters;
 
   Result operator()(const A& arguments) const {
     return std::apply([](const auto&... flat) { return call(flat...); }, arguments.flat());
@@ -137,10 +137,10 @@ struct Op {
 
  private:
   static const c10::TypedOperatorHandle<Signature>& handle() {
-    static const auto found = c10::Dispatcher::singleton()
+    static const auto typed = c10::Dispatcher::singleton()
                                   .findSchemaOrThrow((std::string("se_ext::") + name).c_str(), "")
                                   .template typed<Signature>();
-    return found;
+    return typed;
   }
 };
 

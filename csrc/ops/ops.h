@@ -71,11 +71,8 @@ struct SavedStatistics {
 
 // The arguments of a backward op: dL/dy, what forward was called with, what it saved, and which gradients are wanted,
 // in the order of forward's differentiable tensors.
-template <class Forward_, class Saved_, std::size_t gradients>
+template <class Forward, class Saved, std::size_t gradients>
 struct Backward {
-  using Forward = Forward_;
-  using Saved = Saved_;
-
   const Tensor& grad_output;
   Forward forward;
   Saved saved;
@@ -85,10 +82,8 @@ struct Backward {
   Activations check() const;
 };
 
-template <class Forward_, std::size_t gradients>
-struct Backward<Forward_, void, gradients> {
-  using Forward = Forward_;
-
+template <class Forward, std::size_t gradients>
+struct Backward<Forward, void, gradients> {
   const Tensor& grad_output;
   Forward forward;
   std::array<bool, gradients> mask;
@@ -234,11 +229,11 @@ inline constexpr Op<"_bn_activation_backward", BnActivationBackward, 3> _bn_acti
 // How an op is recorded for autograd: what runs forward, what runs backward, and which of forward's results backward
 // gets, in the order of its arguments. Forward's first results are those of the op. Each has a type of its own, whose
 // name is short: autograd writes it out at every call of a node.
-template <class Op_, class Forward_, class Backward_, std::size_t... saved>
+template <class O, class F, class B, std::size_t... saved>
 struct Recording {
-  using Op = Op_;
-  using Forward = Forward_;
-  using Backward = Backward_;
+  using Op = O;
+  using Forward = F;
+  using Backward = B;
   using Saved = std::index_sequence<saved...>;
 };
 struct ExciteRecording : Recording<decltype(excite), decltype(_excite_forward), decltype(_excite_backward), 1, 0> {};

@@ -127,13 +127,13 @@ SE_EXT_INLINE void matvec_tall(std::int64_t samples, std::int64_t rows, std::int
 
 // out [samples, rows] = in [samples, columns] · wᵀ + bias, w [rows, columns]; only rows [begin, end).
 template <class T>
-void matvec(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_, const void* bias_,
-            const void* in_, void* out_, std::int64_t begin, std::int64_t end) {
+void matvec(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_data, const void* bias_data,
+            const void* in_data, void* out_data, std::int64_t begin, std::int64_t end) {
   using A = acc_t<T>;
-  const T* w = static_cast<const T*>(w_);
-  const T* bias = static_cast<const T*>(bias_);
-  const A* in = static_cast<const A*>(in_);
-  A* out = static_cast<A*>(out_);
+  const T* w = static_cast<const T*>(w_data);
+  const T* bias = static_cast<const T*>(bias_data);
+  const A* in = static_cast<const A*>(in_data);
+  A* out = static_cast<A*>(out_data);
   if (rows > columns && columns <= kShortColumns) {
     matvec_tall(samples, rows, columns, w, bias, in, out, begin, end);
   } else {
@@ -159,14 +159,14 @@ SE_EXT_INLINE void combine_block(std::int64_t rows, std::int64_t columns, const 
 // out [samples, columns] = in [samples, rows] · w, w [rows, columns]; only columns [begin, end). A few columns of w at
 // a time meet all samples.
 template <class T>
-void vecmat(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_, const void* in_, void* out_,
-            std::int64_t begin, std::int64_t end) {
+void vecmat(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* w_data, const void* in_data,
+            void* out_data, std::int64_t begin, std::int64_t end) {
   using A = acc_t<T>;
   constexpr int kRegisters = 2;
   constexpr std::int64_t kWide = kRegisters * kLanes<A>;
-  const T* w = static_cast<const T*>(w_);
-  const A* in = static_cast<const A*>(in_);
-  A* out = static_cast<A*>(out_);
+  const T* w = static_cast<const T*>(w_data);
+  const A* in = static_cast<const A*>(in_data);
+  A* out = static_cast<A*>(out_data);
   const auto band = [&]<int kWidth>(std::int64_t k, auto lanes) SE_EXT_ALWAYS_INLINE {
     std::int64_t n = 0;
     for (; n + kSamplesAtOnce <= samples; n += kSamplesAtOnce) {
@@ -230,14 +230,14 @@ SE_EXT_INLINE void outer_block(std::int64_t samples, const Rows& a, std::int64_t
 
 // out [rows, columns] = aᵀ · b, a [samples, rows], b [samples, columns], samples in order; only rows [begin, end).
 template <class T>
-void outer(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* a_, const void* b_, void* out_,
-           std::int64_t begin, std::int64_t end) {
+void outer(std::int64_t samples, std::int64_t rows, std::int64_t columns, const void* a_data, const void* b_data,
+           void* out_data, std::int64_t begin, std::int64_t end) {
   using A = acc_t<T>;
   constexpr int kRows = 6, kRegisters = 2;  // their sums and what is loaded beside them fill the registers of AVX2
   constexpr int kRowsAtOnce = 8 * kRows, kWide = kRegisters * kLanes<A>;
-  const A* a = static_cast<const A*>(a_);
-  const A* b = static_cast<const A*>(b_);
-  T* out = static_cast<T*>(out_);
+  const A* a = static_cast<const A*>(a_data);
+  const A* b = static_cast<const A*>(b_data);
+  T* out = static_cast<T*>(out_data);
   // A copied panel of b meets many rows; else whole rows of out are written one after the other.
   const std::int64_t at_once = Panel<A, kWide>::is_copied(samples, columns) ? kRowsAtOnce : kRows;
   for (std::int64_t first = begin; first < end; first += at_once) {
@@ -268,10 +268,10 @@ void outer(std::int64_t samples, std::int64_t rows, std::int64_t columns, const 
 
 // out [columns] = Σ_n a[n, :], samples in order: the gradient of a bias.
 template <class T>
-void sum_samples(std::int64_t samples, std::int64_t columns, const void* a_, void* out_) {
+void sum_samples(std::int64_t samples, std::int64_t columns, const void* a_data, void* out_data) {
   using A = acc_t<T>;
-  const A* a = static_cast<const A*>(a_);
-  T* out = static_cast<T*>(out_);
+  const A* a = static_cast<const A*>(a_data);
+  T* out = static_cast<T*>(out_data);
   for_lanes<A>(columns, [&](std::int64_t k, auto lanes) {
     Vec<A> sum{};
     for (std::int64_t n = 0; n < samples; ++n) sum += load(a + n * columns + k, lanes);
@@ -281,9 +281,9 @@ void sum_samples(std::int64_t samples, std::int64_t columns, const void* a_, voi
 
 // sums[c] += Σ_r rows[r, c], rows in order.
 template <class A>
-void add_rows(std::int64_t count, std::int64_t channels, const void* rows_, void* sums_) {
-  const A* rows = static_cast<const A*>(rows_);
-  A* sums = static_cast<A*>(sums_);
+void add_rows(std::int64_t count, std::int64_t channels, const void* rows_data, void* sums_data) {
+  const A* rows = static_cast<const A*>(rows_data);
+  A* sums = static_cast<A*>(sums_data);
   for_lanes<A>(channels, [&](std::int64_t c, auto lanes) {
     Vec<A> total = load(sums + c, lanes);
     for (std::int64_t r = 0; r < count; ++r) total += load(rows + r * channels + c, lanes);
@@ -293,9 +293,9 @@ void add_rows(std::int64_t count, std::int64_t channels, const void* rows_, void
 
 // values /= divisor, in place; by zero as IEEE has it: an empty mean is NaN.
 template <class A>
-void divide(std::int64_t count, std::int64_t divisor, void* values_) {
+void divide(std::int64_t count, std::int64_t divisor, void* values_data) {
   if (divisor == 1) return;
-  A* values = static_cast<A*>(values_);
+  A* values = static_cast<A*>(values_data);
   for_lanes<A>(count, [&](std::int64_t i, auto lanes) {
     store(values + i, load(values + i, lanes) / static_cast<A>(divisor), lanes);
   });
@@ -303,9 +303,9 @@ void divide(std::int64_t count, std::int64_t divisor, void* values_) {
 
 // out = activation(in); out may be in.
 template <class A>
-void activation_forward(Activation activation, std::int64_t count, const void* in_, void* out_) {
-  const A* in = static_cast<const A*>(in_);
-  A* out = static_cast<A*>(out_);
+void activation_forward(Activation activation, std::int64_t count, const void* in_data, void* out_data) {
+  const A* in = static_cast<const A*>(in_data);
+  A* out = static_cast<A*>(out_data);
   dispatch(activation, [&](auto of) {
     for_lanes<A>(count,
                  [&](std::int64_t i, auto lanes) { store(out + i, activate<of.value>(load(in + i, lanes)), lanes); });
@@ -315,10 +315,11 @@ void activation_forward(Activation activation, std::int64_t count, const void* i
 // out = grad ⊙ activation'(·), given the activation's output where its slope follows from that, its input elsewhere;
 // out may be grad.
 template <class A>
-void activation_backward(Activation activation, std::int64_t count, const void* grad_, const void* at_, void* out_) {
-  const A* grad = static_cast<const A*>(grad_);
-  const A* at = static_cast<const A*>(at_);
-  A* out = static_cast<A*>(out_);
+void activation_backward(Activation activation, std::int64_t count, const void* grad_data, const void* at_data,
+                         void* out_data) {
+  const A* grad = static_cast<const A*>(grad_data);
+  const A* at = static_cast<const A*>(at_data);
+  A* out = static_cast<A*>(out_data);
   dispatch(activation, [&](auto of) {
     for_lanes<A>(count, [&](std::int64_t i, auto lanes) {
       store(out + i, gradient<of.value>(load(grad + i, lanes), load(at + i, lanes)), lanes);

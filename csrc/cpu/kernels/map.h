@@ -8,9 +8,9 @@ namespace se_ext::cpu::SE_EXT_ISA {
 
 // sums[c] = Σ_p x[c, p]        reads the tile's x once
 template <class T>
-void squeeze(const Slab& slab, Tile tile, const void* x_, void* sums) {
+void squeeze(const Slab& slab, Tile tile, const void* x_data, void* sums) {
   using A = acc_t<T>;
-  const T* x = static_cast<const T*>(x_);
+  const T* x = static_cast<const T*>(x_data);
   dispatch_layout(slab.layout, [&]<Layout layout>() {
     sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](Channels) SE_EXT_ALWAYS_INLINE {
       return [=](std::int64_t i, std::int64_t, auto lanes) SE_EXT_ALWAYS_INLINE { return load(x + i, lanes); };

@@ -29,11 +29,12 @@ struct NormVectors {
 // Every sample's mean and m2 [N, C] → the batch's mean, biased variance and inverse standard deviation [C]. In double,
 // by Chan's formula for all samples at once.
 template <class A>
-void batch_statistics(std::int64_t samples, std::int64_t channels, std::int64_t points, double eps, const void* means_,
-                      const void* m2s_, void* mean_, void* var_, void* inverse_) {
+void batch_statistics(std::int64_t samples, std::int64_t channels, std::int64_t points, double eps,
+                      const void* means_data, const void* m2s_data, void* mean_data, void* var_data,
+                      void* inverse_data) {
   constexpr std::int64_t kBand = 64;  // channels at a time, whose sums stay in the first-level cache
-  const A *means = static_cast<const A*>(means_), *m2s = static_cast<const A*>(m2s_);
-  A *mean = static_cast<A*>(mean_), *var = static_cast<A*>(var_), *inverse = static_cast<A*>(inverse_);
+  const A *means = static_cast<const A*>(means_data), *m2s = static_cast<const A*>(m2s_data);
+  A *mean = static_cast<A*>(mean_data), *var = static_cast<A*>(var_data), *inverse = static_cast<A*>(inverse_data);
   const double N = static_cast<double>(samples), P = static_cast<double>(points);
   for (std::int64_t begin = 0; begin < channels; begin += kBand) {
     const std::int64_t count = min_of(kBand, channels - begin);
@@ -59,8 +60,8 @@ void batch_statistics(std::int64_t samples, std::int64_t channels, std::int64_t 
 
 // a = weight · inverse, b = bias - mean · a        all [C]
 template <class A>
-void coefficients(const Normalization& norm, void* a_, void* b_) {
-  A *a = static_cast<A*>(a_), *b = static_cast<A*>(b_);
+void coefficients(const Normalization& norm, void* a_data, void* b_data) {
+  A *a = static_cast<A*>(a_data), *b = static_cast<A*>(b_data);
   const NormVectors<A> v(norm);
   for (std::int64_t c = 0; c < norm.channels; ++c) {
     a[c] = v.a(c);
@@ -70,19 +71,20 @@ void coefficients(const Normalization& norm, void* a_, void* b_) {
 
 // z = a · (mean of the sample - mean) + bias, for one sample        the squeeze where pre is the identity
 template <class A>
-void squeeze_from_mean(const Normalization& norm, const void* mean_, void* z_) {
-  const A* mean = static_cast<const A*>(mean_);
-  A* z = static_cast<A*>(z_);
+void squeeze_from_mean(const Normalization& norm, const void* mean_data, void* z_data) {
+  const A* mean = static_cast<const A*>(mean_data);
+  A* z = static_cast<A*>(z_data);
   const NormVectors<A> v(norm);
   for (std::int64_t c = 0; c < norm.channels; ++c) z[c] = v.a(c) * (mean[c] - v.mean(c)) + v.bias(c);
 }
 
 // out = values · factor · vector for one sample; a null vector is 1; out may be values
 template <class A>
-void product(std::int64_t channels, const void* values_, const void* factor_, const void* vector_, void* out_) {
-  const A *values = static_cast<const A*>(values_), *vector = static_cast<const A*>(vector_);
-  const A factor = factor_ ? *static_cast<const A*>(factor_) : A(1);
-  A* out = static_cast<A*>(out_);
+void product(std::int64_t channels, const void* values_data, const void* factor_data, const void* vector_data,
+             void* out_data) {
+  const A *values = static_cast<const A*>(values_data), *vector = static_cast<const A*>(vector_data);
+  const A factor = factor_data ? *static_cast<const A*>(factor_data) : A(1);
+  A* out = static_cast<A*>(out_data);
   if (vector) {
     for (std::int64_t c = 0; c < channels; ++c) out[c] = values[c] * factor * vector[c];
   } else {
@@ -93,10 +95,10 @@ void product(std::int64_t channels, const void* values_, const void* factor_, co
 // Where pre is the identity, u = a · (x - mean) + bias, and what is summed up of gv [2, C], one sample:
 //   Σ gv ⊙ u = a · Σ gv ⊙ (x - mean) + bias · Σ gv        times the sample's drop, a null one being 1
 template <class A>
-void scale_gradient(const Normalization& norm, const void* sums_, const void* drop_, void* out_) {
-  const A* sums = static_cast<const A*>(sums_);
-  const A drop = drop_ ? *static_cast<const A*>(drop_) : A(1);
-  A* out = static_cast<A*>(out_);
+void scale_gradient(const Normalization& norm, const void* sums_data, const void* drop_data, void* out_data) {
+  const A* sums = static_cast<const A*>(sums_data);
+  const A drop = drop_data ? *static_cast<const A*>(drop_data) : A(1);
+  A* out = static_cast<A*>(out_data);
   const NormVectors<A> v(norm);
   for (std::int64_t c = 0; c < norm.channels; ++c) {
     out[c] = (v.a(c) * sums[norm.channels + c] + v.bias(c) * sums[c]) * drop;
@@ -107,11 +109,11 @@ void scale_gradient(const Normalization& norm, const void* sums_, const void* dr
 //   Σ gu = scale · Σ gv + P · grad_mean
 //   Σ gu ⊙ (x - mean) = scale · Σ gv ⊙ (x - mean) + P · grad_mean · (mean of the sample - mean)
 template <class A>
-void sums_behind_scale(const Normalization& norm, const void* scale_, const void* grad_mean_, const void* sample_mean_,
-                       void* sums_) {
-  const A *scale = static_cast<const A*>(scale_), *grad_mean = static_cast<const A*>(grad_mean_);
-  const A* sample_mean = static_cast<const A*>(sample_mean_);
-  A *first = static_cast<A*>(sums_), *second = first + norm.channels;
+void sums_behind_scale(const Normalization& norm, const void* scale_data, const void* grad_mean_data,
+                       const void* sample_mean_data, void* sums_data) {
+  const A *scale = static_cast<const A*>(scale_data), *grad_mean = static_cast<const A*>(grad_mean_data);
+  const A* sample_mean = static_cast<const A*>(sample_mean_data);
+  A *first = static_cast<A*>(sums_data), *second = first + norm.channels;
   const A points = static_cast<A>(norm.points);
   const NormVectors<A> v(norm);
   for (std::int64_t c = 0; c < norm.channels; ++c) {
@@ -124,9 +126,10 @@ void sums_behind_scale(const Normalization& norm, const void* scale_, const void
 // Where pre is not the identity: what prologue_backward_sums sums up [5, C] → Σ gp and Σ gp ⊙ (x - mean), in place of
 // the first two, one sample
 template <class A>
-void sums_behind_activation(std::int64_t channels, const void* scale_, const void* grad_mean_, void* sums_) {
-  const A *scale = static_cast<const A*>(scale_), *grad_mean = static_cast<const A*>(grad_mean_);
-  A* sums = static_cast<A*>(sums_);
+void sums_behind_activation(std::int64_t channels, const void* scale_data, const void* grad_mean_data,
+                            void* sums_data) {
+  const A *scale = static_cast<const A*>(scale_data), *grad_mean = static_cast<const A*>(grad_mean_data);
+  A* sums = static_cast<A*>(sums_data);
   for (std::int64_t c = 0; c < channels; ++c) {
     const A first = scale[c] * sums[channels + c] + grad_mean[c] * sums[2 * channels + c];
     const A second = scale[c] * sums[3 * channels + c] + grad_mean[c] * sums[4 * channels + c];
@@ -139,10 +142,11 @@ void sums_behind_activation(std::int64_t channels, const void* scale_, const voi
 //   the gradients of weight and bias, and the pass that writes, gx = a · gp + slope ⊙ x + offset:
 //   slope = -a · inverse² · Σ gp ⊙ (x - mean) / NP,   offset = -a · Σ gp / NP - slope · mean
 template <class A>
-void backward_coefficients(const Normalization& norm, const void* totals_, void* grad_weight_, void* slope_,
-                           void* offset_) {
-  const A *first = static_cast<const A*>(totals_), *second = first + norm.channels;
-  A *grad_weight = static_cast<A*>(grad_weight_), *slope = static_cast<A*>(slope_), *offset = static_cast<A*>(offset_);
+void backward_coefficients(const Normalization& norm, const void* totals_data, void* grad_weight_data, void* slope_data,
+                           void* offset_data) {
+  const A *first = static_cast<const A*>(totals_data), *second = first + norm.channels;
+  A *grad_weight = static_cast<A*>(grad_weight_data), *slope = static_cast<A*>(slope_data),
+    *offset = static_cast<A*>(offset_data);
   const A count = static_cast<A>(static_cast<double>(norm.samples) * static_cast<double>(norm.points));
   const NormVectors<A> v(norm);
   for (std::int64_t c = 0; c < norm.channels; ++c) {
@@ -156,11 +160,11 @@ void backward_coefficients(const Normalization& norm, const void* totals_, void*
 // Where pre is the identity, the pass that writes in terms of gv, one sample: factor = scale · a,
 // offset = grad_mean · a + the batch's offset (null: 0)
 template <class A>
-void offset_of_sample(std::int64_t channels, const void* grad_mean_, const void* a_, const void* batch_offset_,
-                      void* out_) {
-  const A *grad_mean = static_cast<const A*>(grad_mean_), *a = static_cast<const A*>(a_);
-  const A* batch_offset = static_cast<const A*>(batch_offset_);
-  A* out = static_cast<A*>(out_);
+void offset_of_sample(std::int64_t channels, const void* grad_mean_data, const void* a_data,
+                      const void* batch_offset_data, void* out_data) {
+  const A *grad_mean = static_cast<const A*>(grad_mean_data), *a = static_cast<const A*>(a_data);
+  const A* batch_offset = static_cast<const A*>(batch_offset_data);
+  A* out = static_cast<A*>(out_data);
   for (std::int64_t c = 0; c < channels; ++c) out[c] = grad_mean[c] * a[c] + (batch_offset ? batch_offset[c] : A(0));
 }
 

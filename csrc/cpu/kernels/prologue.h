@@ -104,9 +104,9 @@ SE_EXT_INLINE void dispatch_prologue(Layout layout, Activation pre, Activation p
 
 // Σ_p (x - origin) and Σ_p (x - origin)², origin being the channel's first point: sums [2, C].
 template <class T>
-void moments(const Slab& slab, Tile tile, const void* x_, void* sums) {
+void moments(const Slab& slab, Tile tile, const void* x_data, void* sums) {
   using A = acc_t<T>;
-  const T* x = static_cast<const T*>(x_);
+  const T* x = static_cast<const T*>(x_data);
   dispatch_layout(slab.layout, [&]<Layout layout>() {
     sum_tile<layout>(slab, tile, static_cast<A*>(sums), [=](Channels channels) SE_EXT_ALWAYS_INLINE {
       const FirstPoint<layout, T> origin(x, slab, channels);
@@ -120,11 +120,11 @@ void moments(const Slab& slab, Tile tile, const void* x_, void* sums) {
 
 // The sums that moments left [2, C] → mean [C] and m2 [C] = Σ_p (x - mean)².
 template <class T>
-void finish_moments(const Slab& slab, const void* x_, const void* sums_, void* mean_, void* m2_) {
+void finish_moments(const Slab& slab, const void* x_data, const void* sums_data, void* mean_data, void* m2_data) {
   using A = acc_t<T>;
-  const T* x = static_cast<const T*>(x_);
-  const A* sums = static_cast<const A*>(sums_);
-  A *mean = static_cast<A*>(mean_), *m2 = static_cast<A*>(m2_);
+  const T* x = static_cast<const T*>(x_data);
+  const A* sums = static_cast<const A*>(sums_data);
+  A *mean = static_cast<A*>(mean_data), *m2 = static_cast<A*>(m2_data);
   const A points = static_cast<A>(slab.points);
   const std::int64_t step = slab.layout == Layout::ChannelsFirst ? slab.points : 1;
   for (std::int64_t c = 0; c < slab.channels; ++c) {
@@ -137,11 +137,11 @@ void finish_moments(const Slab& slab, const void* x_, const void* sums_, void* m
 
 // sums[c] = Σ_p u; where `u` is not null, u itself is written there too
 template <class T>
-void prologue_squeeze(const Slab& slab, Tile tile, const PrologueMap& m, void* u_, void* sums) {
+void prologue_squeeze(const Slab& slab, Tile tile, const PrologueMap& m, void* u_data, void* sums) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(m.x);
   const A *as = static_cast<const A*>(m.a), *bs = static_cast<const A*>(m.b);
-  T* to = static_cast<T*>(u_);
+  T* to = static_cast<T*>(u_data);
   dispatch_behind_activation<T>(slab.layout, m.pre, Activation::Identity, [&]<Layout layout>(auto pre, auto) {
     constexpr bool kCheap = decltype(pre)::kCheap;
     sum_tile<layout, kCheap>(slab, tile, static_cast<A*>(sums), [=](Channels channels) SE_EXT_ALWAYS_INLINE {
@@ -206,11 +206,11 @@ struct PrologueGradient {
   const T *grad, *x, *saved;
   PerChannel<layout, A> a, b, scale;
 
-  SE_EXT_ALWAYS_INLINE PrologueGradient(Pre pre_, Post post_, HasSaved has_saved_, const PrologueBackward& r,
+  SE_EXT_ALWAYS_INLINE PrologueGradient(Pre before, Post after, HasSaved is_saved, const PrologueBackward& r,
                                         Channels channels)
-      : pre(pre_),
-        post(post_),
-        has_saved(has_saved_),
+      : pre(before),
+        post(after),
+        has_saved(is_saved),
         grad(static_cast<const T*>(r.grad)),
         x(static_cast<const T*>(r.map.x)),
         saved(static_cast<const T*>(r.saved)),
@@ -243,7 +243,7 @@ struct PrologueGradient {
   }
 
   // g ⊙ pre'(p)
-  inline SE_EXT_ALWAYS_INLINE Vec<A> through_pre(Vec<A> g, const Values& r) const {
+  inline SE_EXT_ALWAYS_INLINE Vec<A> gradient_of_pre(Vec<A> g, const Values& r) const {
     if constexpr (Pre::kSmooth) {
       return g * r.slope;
     } else {
@@ -259,12 +259,12 @@ struct PrologueGradient {
     if constexpr (Pre::kIdentity) {
       return r.gv;
     } else {
-      return through_pre(r.gv * scale.at(c, lanes) + mean.at(c, lanes), r);
+      return gradient_of_pre(r.gv * scale.at(c, lanes) + mean.at(c, lanes), r);
     }
   }
 };
 
-// What happens to a register's pre'(p) and gv beside their being summed: see PrologueBackward::leaves_slopes.
+// What happens to a register's pre'(p) and gv while they are summed up: see PrologueBackward::leaves_slopes.
 struct KeepNothing {
   template <class V, class L>
   inline SE_EXT_ALWAYS_INLINE void operator()(std::int64_t, V, V, L) const {}
@@ -331,8 +331,8 @@ void prologue_backward_sums(const Slab& slab, Tile tile, const PrologueBackward&
               keep(i, found.gv, found.gv, lanes);
               return Sums<A, 2>{{found.gv, found.gv * off}};
             } else {
-              const Vec<A> gd = gradient.through_pre(found.gv, found);
-              const Vec<A> d = gradient.through_pre(broadcast<A>(1), found);
+              const Vec<A> gd = gradient.gradient_of_pre(found.gv, found);
+              const Vec<A> d = gradient.gradient_of_pre(broadcast<A>(1), found);
               keep(i, d, found.gv, lanes);
               return Sums<A, 5>{{found.gv * found.u, gd, d, gd * off, d * off}};
             }

@@ -54,7 +54,7 @@ struct PerChannel<Layout::ChannelsFirst, A> {
 template <class A>
 struct PerChannel<Layout::ChannelsLast, A> {
   const A* values;
-  SE_EXT_ALWAYS_INLINE PerChannel(const A* values_, Channels) : values(values_) {}
+  SE_EXT_ALWAYS_INLINE PerChannel(const A* vector, Channels) : values(vector) {}
   template <class L>
   inline SE_EXT_ALWAYS_INLINE Vec<A> at(std::int64_t channel, L lanes) const {
     return load(values + channel, lanes);
@@ -79,7 +79,7 @@ struct FirstPoint<Layout::ChannelsFirst, T> {
 template <class T>
 struct FirstPoint<Layout::ChannelsLast, T> {
   const T* x;
-  SE_EXT_ALWAYS_INLINE FirstPoint(const T* x_, const Slab&, Channels) : x(x_) {}
+  SE_EXT_ALWAYS_INLINE FirstPoint(const T* map, const Slab&, Channels) : x(map) {}
   template <class L>
   inline SE_EXT_ALWAYS_INLINE Vec<acc_t<T>> at(std::int64_t channel, L lanes) const {
     return load(x + channel, lanes);
