@@ -294,15 +294,14 @@ class OpCase:
         found, exact = self.run(arguments, redispatched), self.exact(exact_arguments)
         forward, backward = self.summed(options)
         names = [*(r.name for r in self.op._schema.returns), *self.writes]
+        summed, rounded = (backward, options.dtype) if self.forward else (forward, None)
         for i, (name, ours, theirs) in enumerate(zip(names, found, exact, strict=True)):
-            dtype = self._dtype(name, options, arguments)
-            try:
-                if self.forward:  # a saved tensor may be of the map's dtype
-                    compare(ours, theirs, dtype, backward, options.dtype)
-                else:
-                    compare(ours, theirs, dtype, forward)
-            except AssertionError as error:
-                raise AssertionError(f"output {i}, {name}: {error}") from None
+
+            def exact_again(moved: dict[str, Any], i: int = i) -> Tensor | None:
+                return self.exact(moved)[i]
+
+            dtype = self._dtype(name, options, arguments)  # a saved tensor may be of the map's dtype
+            self._compare(f"output {i}, {name}", ours, theirs, dtype, summed, rounded, exact_arguments, exact_again)
         leaves = self.leaves(arguments)
         if not leaves:
             assert not any(t is not None and t.requires_grad for t in found)
@@ -316,10 +315,37 @@ class OpCase:
         with one_thread():
             exact_grads = torch.autograd.grad(exact[0], [exact_arguments[k] for k in leaves], grad.double())
         for (name, leaf), ours, theirs in zip(leaves.items(), grads, exact_grads, strict=True):
-            try:
-                compare(ours, theirs, leaf.dtype, backward, y.dtype)
-            except AssertionError as error:
-                raise AssertionError(f"gradient of {name}: {error}") from None
+
+            def exact_gradient(moved: dict[str, Any], name: str = name) -> Tensor:
+                return torch.autograd.grad(self.exact(moved)[0], moved[name], grad.double())[0]
+
+            what = f"gradient of {name}"
+            self._compare(what, ours, theirs, leaf.dtype, backward, y.dtype, exact_arguments, exact_gradient)
+
+    def _compare(
+        self,
+        what: str,
+        ours: Tensor | None,
+        theirs: Tensor | None,
+        dtype: torch.dtype,
+        summed: int,
+        rounded: torch.dtype | None,
+        arguments: dict[str, Any],
+        exact: Callable[[dict[str, Any]], Tensor | None],
+    ) -> None:
+        """Where terms cancel, the result is small beside its terms, and so is the tolerance. Then the error is measured
+        by the formula's own: how far the exact result moves where every argument moves by a rounding error or two."""
+        try:
+            compare(ours, theirs, dtype, summed, rounded)
+        except AssertionError as error:
+            if ours is None or theirs is None or ours.shape != theirs.shape or not dtype.is_floating_point:
+                raise AssertionError(f"{what}: {error}") from None
+            eps = torch.finfo(max(dtype, torch.float32, key=lambda t: torch.finfo(t).bits)).eps
+            with one_thread():
+                moved = exact(moved_by(2 * eps, arguments))
+            off, moves = (ours.double() - theirs).abs().max(), (moved - theirs).abs().max()
+            if not off <= 8 * moves:
+                raise AssertionError(f"{what}: {error}, and {off / moves:.3g} times what roundings explain") from None
 
     def _dtype(self, name: str, options: Options, arguments: dict[str, Any]) -> torch.dtype:
         """Of an output: that of the argument of its name; of the map; of small results, float32 for half types."""
@@ -418,6 +444,18 @@ def compare(
         return
     coarser = max(dtype, rounded or dtype, key=lambda t: torch.finfo(t).eps)
     assert_close(ours.detach(), exact.detach(), coarser, summed)
+
+
+def moved_by(part: float, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in float64, every value of theirs greater or less by this part of it."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        sign = torch.randint(0, 2, value.shape, device=value.device) * 2 - 1
+        return (value.detach() * (1 + part * sign)).requires_grad_(value.requires_grad)
+
+    return {name: move(value) for name, value in arguments.items()}
 
 
 def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
