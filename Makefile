@@ -21,7 +21,7 @@ test: $(BUILD)  ## every test
 
 test-isa: $(BUILD)  ## the tests of the kernels again, on every narrower instruction set of this CPU
 	for isa in $$($(BIN)/python -c "from se_ext import _C; print(*_C.cpu_capabilities()[:-1])"); do \
-	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(BIN)/python -m pytest $(or $(ARGS),tests/kernels) || exit 1; \
+	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(BIN)/python -m pytest tests/kernels $(ARGS) || exit 1; \
 	done
 
 emulated: $(BUILD)  ## every op on emulated older CPUs, against illegal instructions; needs qemu-x86_64 (qemu-user)

@@ -6,13 +6,13 @@
 namespace se_ext {
 
 template <>
-void Backend<Cpu>::bn_activation(const ops::BnActivation& a, const ops::Activations& names, const Tensor& y,
+void Backend<Cpu>::bn_activation(const ops::BnActivation& a, const ops::Activations& activations, const Tensor& y,
                                  const Statistics& statistics) {
   using namespace cpu;
   const FeatureMap x(a.input);
   const std::int64_t C = x.slab.channels, slab = x.slab_elements();
   Vectors v(a.norm(), x.accumulation_type());
-  if (a.batch_statistics) statistics_of_batch(x, v, a.eps, statistics, /*sample_means=*/at::empty({0}));
+  if (a.batch_statistics) statistics_of_batch(x, v, a.eps, statistics, /*sample_means=*/Tensor());
 
   Scratch scratch(2 * C, 2, x.accumulation_options());
   const Pointer a_at = scratch.take(C), b_at = scratch.take(C), y_at(y);
@@ -27,7 +27,7 @@ void Backend<Cpu>::bn_activation(const ops::BnActivation& a, const ops::Activati
                    /*scale=*/nullptr,
                    /*residual=*/nullptr,
                    y_at.at(n * slab),
-                   names.post,
+                   activations.post,
                    schedule.streaming});
     });
   });
@@ -36,7 +36,7 @@ void Backend<Cpu>::bn_activation(const ops::BnActivation& a, const ops::Activati
 // One pass sums up what the normalisation's gradient needs, another writes. The slope of the activation is taken from
 // x, anew in each pass: y is not read.
 template <>
-void Backend<Cpu>::bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& names,
+void Backend<Cpu>::bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& activations,
                                           const Gradients<3>& to) {
   using namespace cpu;
   const FeatureMap x(a.forward.input);
@@ -72,7 +72,7 @@ void Backend<Cpu>::bn_activation_backward(const ops::BnActivationBackward& a, co
                             batch_statistics ? offset_at.base : zeros_at.base,
                             gx_at.at(n * slab),
                             /*grad_residual=*/nullptr,
-                            names.post,
+                            activations.post,
                             schedule.streaming};
   };
   if (batch_statistics || grad_weight.defined() || grad_bias.defined()) {

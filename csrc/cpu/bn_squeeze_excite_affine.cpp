@@ -4,129 +4,97 @@
 
 namespace se_ext::cpu {
 
-void forward_behind_affine(const BnForward& f) {
-  const FeatureMap& x = f.x;
-  const std::int64_t N = x.samples, C = f.e.channels(), M = f.e.hidden_channels(), slab = x.slab_elements();
-  const Normalization norm = f.v.of(x);
+void forward_behind_affine(const ops::BnSqueezeExcite& a, const ops::Activations& activations, const Tensor& y,
+                           const ops::SavedBnSqueezeExcite& saved, const Tensor& var) {
+  BnForward f(a, activations, y, saved, var, /*rows=*/2);
+  const std::int64_t C = f.C;
+  const Pointer scaled_a_at = f.scratch.take(f.N * C), scaled_b_at = f.scratch.take(f.N * C);  // each sample's
+  const Normalization norm = f.v.of(f.x);
   const NormKernels& vectors = f.v.kernels();
-  Reduction tiles(x, f.schedule);
-  Scratch scratch(tiles.scratch_items() + N * M + 2 * C + 2 * N * C, 6, x.accumulation_options());
-  tiles.use(scratch.take(tiles.scratch_items()));
-  const Pointer h_at = scratch.take(N * M), a_at = scratch.take(C), b_at = scratch.take(C);
-  const Pointer scaled_a_at = scratch.take(N * C), scaled_b_at = scratch.take(N * C);  // each sample's
-  const ops::SavedExcitation& saved = f.saved.excitation;
-  const Pointer z_at(saved.z), hidden_at(saved.hidden), scale_at(saved.scale), means_at(f.saved.sample_means);
-  const Pointer residual_at = pointer(f.residual), y_at(f.y), drop_at = pointer(f.drop);
-  vectors.coefficients(norm, a_at.base, b_at.base);
-
-  const MapKernels& plain = kernels().map[static_cast<int>(x.dtype)];
-  const PrologueKernels& map = kernels().prologue[static_cast<int>(x.dtype)];
+  const MapKernels& plain = kernels().map[static_cast<int>(f.x.dtype)];
+  const PrologueKernels& map = kernels().prologue[static_cast<int>(f.x.dtype)];
   f.run([&](Team team, int index, std::int64_t first, std::int64_t samples) {
-    if (!f.a.batch_statistics) {  // which found the means already
-      tiles.reduce(team, index, first, samples, x.slab.points, means_at,
-                   [&](std::int64_t n, Tile tile, void* sums) { plain.squeeze(x.slab, tile, x.sample(n), sums); });
+    if (!f.batch_statistics) {  // which found the means already
+      f.tiles.reduce(
+          team, index, first, samples, f.x.slab.points, f.means_at,
+          [&](std::int64_t n, Tile tile, void* sums) { plain.squeeze(f.x.slab, tile, f.x.sample(n), sums); });
     }
     for_each_sample(team, first, samples,
-                    [&](std::int64_t n) { vectors.squeeze_from_mean(norm, means_at.at(n * C), z_at.at(n * C)); });
-    f.e.forward(team, first, samples, z_at, hidden_at, h_at, scale_at);
+                    [&](std::int64_t n) { vectors.squeeze_from_mean(norm, f.means_at.at(n * C), f.z_at.at(n * C)); });
+    f.e.forward(team, first, samples, f.z_at, f.hidden_at, f.h_at, f.scale_at);
     for_each_sample(team, first, samples, [&](std::int64_t n) {
-      vectors.product(C, scale_at.at(n * C), drop_at.at(n), a_at.base, scaled_a_at.at(n * C));
-      vectors.product(C, scale_at.at(n * C), drop_at.at(n), b_at.base, scaled_b_at.at(n * C));
+      vectors.product(C, f.scale_at.at(n * C), f.drop_at.at(n), f.a_at.base, scaled_a_at.at(n * C));
+      vectors.product(C, f.scale_at.at(n * C), f.drop_at.at(n), f.b_at.base, scaled_b_at.at(n * C));
     });
-    tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
-      map.rescale(x.slab, tile,
-                  {{x.sample(n), scaled_a_at.at(n * C), scaled_b_at.at(n * C), Activation::Identity},
+    f.tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
+      map.rescale(f.x.slab, tile,
+                  {{f.x.sample(n), scaled_a_at.at(n * C), scaled_b_at.at(n * C), Activation::Identity},
                    /*scale=*/nullptr,
-                   residual_at.at(n * slab),
-                   y_at.at(n * slab),
-                   f.names.post,
+                   f.residual_at.at(n * f.slab),
+                   f.y_at.at(n * f.slab),
+                   f.post,
                    f.schedule.streaming});
     });
   });
 }
 
-void backward_behind_affine(const BnBackward& b) {
-  const FeatureMap& x = b.x;
-  const std::int64_t N = x.samples, C = b.e.channels(), M = b.e.hidden_channels(), slab = x.slab_elements();
-  const bool batch_statistics = b.a.batch_statistics;
-  const Normalization norm = b.v.of(x);
-  const NormKernels& vectors = b.v.kernels();
+void backward_behind_affine(const ops::BnSqueezeExciteBackward& a, const ops::Activations& activations,
+                            const Gradients<8>& to) {
   constexpr int kSums = 2;
-  Reduction tiles(x, b.schedule, kSums);
-  Scratch scratch(tiles.scratch_items() + 2 * N * M + (6 + kSums) * N * C + (5 + kSums) * C, 16,
-                  x.accumulation_options());
-  tiles.use(scratch.take(tiles.scratch_items()));
-  const Pointer h_at = scratch.take(N * M), grad_hidden_at = scratch.take(N * M);
-  const Pointer grad_t_at = scratch.take(N * C), grad_z_at = scratch.take(N * C), sums_at = scratch.take(kSums * N * C);
-  const Pointer dropped_at = scratch.take(N * C), offset_at = scratch.take(N * C);     // scale · drop_scale; of gx
-  const Pointer scaled_a_at = scratch.take(N * C), scaled_b_at = scratch.take(N * C);  // as in forward
-  const Pointer a_at = scratch.take(C), b_at = scratch.take(C);
-  const BnBackward::Totals totals{scratch.take(kSums * C), scratch.take(C), scratch.take(C), scratch.take(C)};
-  const Pointer hidden_at(b.hidden), scale_at(b.scale), means_at(b.sample_means), drop_at = pointer(b.drop);
-  const Pointer grad_at(b.grad), saved_at = pointer(b.saved_map);
-  const Pointer gx_at = pointer(b.grad_input()), gr_at = pointer(b.grad_residual());
-  vectors.coefficients(norm, a_at.base, b_at.base);
-  b.e.activate(N, hidden_at, h_at);
+  BnBackward b(a, activations, to, kSums, /*rows=*/3);
+  const std::int64_t C = b.C;
+  const Pointer scaled_a_at = b.scratch.take(b.N * C), scaled_b_at = b.scratch.take(b.N * C);  // as in forward
+  const Pointer sample_offset_at = b.scratch.take(b.N * C);                                    // of gx
+  const NormKernels& vectors = b.v.kernels();
+  const PrologueKernels& map = kernels().prologue[static_cast<int>(b.x.dtype)];
 
   // gv is left in the residual's gradient at full precision, or where a ReLU makes it the gradient or nothing.
-  const bool is_exact = x.tensor.scalar_type() == b.v.type;
-  const bool leaves_slopes = b.grad_residual().defined() &&
-                             (is_exact ? b.names.post != Activation::Identity : b.names.post == Activation::Relu);
+  const bool leaves_slopes =
+      b.grad_residual().defined() && (b.is_exact() ? b.post != Activation::Identity : b.post == Activation::Relu);
   const auto at_sample = [&](std::int64_t n) {
-    return PrologueBackward{{x.sample(n), scaled_a_at.at(n * C), scaled_b_at.at(n * C), Activation::Identity},
-                            grad_at.at(n * slab),
-                            dropped_at.at(n * C),
-                            saved_at.at(n * slab),
-                            grad_z_at.at(n * C),
-                            batch_statistics ? norm.mean : totals.offset.base,  // else it is zeros
+    return PrologueBackward{{b.x.sample(n), scaled_a_at.at(n * C), scaled_b_at.at(n * C), Activation::Identity},
+                            b.grad_at.at(n * b.slab),
+                            b.dropped_at.at(n * C),
+                            b.saved_at.at(n * b.slab),
+                            b.grad_z_at.at(n * C),
+                            b.batch_statistics ? b.norm.mean : b.offset_at.base,  // else it is zeros
                             scaled_a_at.at(n * C),
-                            batch_statistics ? totals.slope.base : nullptr,
-                            offset_at.at(n * C),
-                            gx_at.at(n * slab),
-                            gr_at.at(n * slab),
-                            b.names.post,
+                            b.batch_statistics ? b.slope_at.base : nullptr,
+                            sample_offset_at.at(n * C),
+                            b.gx_at.at(n * b.slab),
+                            b.gr_at.at(n * b.slab),
+                            b.post,
                             b.schedule.streaming,
                             leaves_slopes};
   };
-
-  const PrologueKernels& map = kernels().prologue[static_cast<int>(x.dtype)];
+  const auto sum = [&](Team team, int index, std::int64_t first, std::int64_t samples) {
+    for_each_sample(team, first, samples, [&](std::int64_t n) {
+      vectors.product(C, b.scale_at.at(n * C), b.drop_at.at(n), nullptr, b.dropped_at.at(n * C));
+      vectors.product(C, b.dropped_at.at(n * C), nullptr, b.a_at.base, scaled_a_at.at(n * C));
+      vectors.product(C, b.dropped_at.at(n * C), nullptr, b.b_at.base, scaled_b_at.at(n * C));
+    });
+    b.tiles.reduce(team, index, first, samples, 1, b.sums_at, [&](std::int64_t n, Tile tile, void* sums) {
+      map.backward_sums(b.x.slab, tile, at_sample(n), sums);
+    });
+    for_each_sample(team, first, samples, [&](std::int64_t n) {
+      vectors.scale_gradient(b.norm, b.sums_at.at(kSums * n * C), b.drop_at.at(n), b.grad_t_at.at(n * C));
+    });
+    b.backward_of_excitation(team, first, samples);
+    if (!b.needs_totals()) return;
+    for_each_sample(team, first, samples, [&](std::int64_t n) {
+      vectors.sums_behind_scale(b.norm, b.dropped_at.at(n * C), b.grad_z_at.at(n * C), b.means_at.at(n * C),
+                                b.sums_at.at(kSums * n * C));
+    });
+  };
   const auto write = [&](Team team, std::int64_t first, std::int64_t samples) {
     for_each_sample(team, first, samples, [&](std::int64_t n) {
-      vectors.offset_of_sample(C, grad_z_at.at(n * C), a_at.base, batch_statistics ? totals.offset.base : nullptr,
-                               offset_at.at(n * C));
+      vectors.offset_of_sample(C, b.grad_z_at.at(n * C), b.a_at.base, b.batch_statistics ? b.offset_at.base : nullptr,
+                               sample_offset_at.at(n * C));
     });
-    tiles.apply(team, first, samples,
-                [&](std::int64_t n, Tile tile) { map.backward_apply(x.slab, tile, at_sample(n)); });
+    b.tiles.apply(team, first, samples,
+                  [&](std::int64_t n, Tile tile) { map.backward_apply(b.x.slab, tile, at_sample(n)); });
   };
-  const bool writes = b.grad_input().defined() || (b.grad_residual().defined() && !leaves_slopes);
-  if (!batch_statistics) std::memset(totals.offset.base, 0, C * totals.offset.item_bytes);
-
-  b.schedule.run(N, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
-    for_each_sample(team, first, samples, [&](std::int64_t n) {
-      vectors.product(C, scale_at.at(n * C), drop_at.at(n), nullptr, dropped_at.at(n * C));
-      vectors.product(C, dropped_at.at(n * C), nullptr, a_at.base, scaled_a_at.at(n * C));
-      vectors.product(C, dropped_at.at(n * C), nullptr, b_at.base, scaled_b_at.at(n * C));
-    });
-    tiles.reduce(team, index, first, samples, 1, sums_at,
-                 [&](std::int64_t n, Tile tile, void* sums) { map.backward_sums(x.slab, tile, at_sample(n), sums); });
-    for_each_sample(team, first, samples, [&](std::int64_t n) {
-      vectors.scale_gradient(norm, sums_at.at(kSums * n * C), drop_at.at(n), grad_t_at.at(n * C));
-    });
-    b.e.backward(team, first, samples, x.slab.points, scale_at, hidden_at, h_at, grad_t_at, grad_hidden_at, grad_z_at);
-    if (b.needs_totals()) {
-      for_each_sample(team, first, samples, [&](std::int64_t n) {
-        vectors.sums_behind_scale(norm, dropped_at.at(n * C), grad_z_at.at(n * C), means_at.at(n * C),
-                                  sums_at.at(kSums * n * C));
-      });
-    }
-    if (writes && !batch_statistics) write(team, first, samples);
-  });
-  if (b.needs_totals()) b.finish(sums_at, kSums, totals);
-  if (writes && batch_statistics) {
-    b.schedule.run_backwards(
-        N, [&](Team team, int, std::int64_t first, std::int64_t samples) { write(team, first, samples); });
-  }
-  b.e.weight_gradients(N, Pointer(b.z), h_at, grad_t_at, grad_hidden_at, {b.to[3], b.to[4], b.to[5], b.to[6]});
+  b.run(sum, b.grad_input().defined() || (b.grad_residual().defined() && !leaves_slopes), write);
 }
 
 }  // namespace se_ext::cpu

@@ -25,15 +25,15 @@ void for_columns(std::int64_t first, std::int64_t rows, std::int64_t columns,
 
 }  // namespace
 
-Excitation::Excitation(const ops::Excitation& e, const ops::Activations& names)
+Excitation::Excitation(const ops::Excitation& e, const ops::Activations& activations)
     : w1_(e.w1.contiguous()),
       b1_(contiguous(e.b1)),
       w2_(e.w2.contiguous()),
       b2_(contiguous(e.b2)),
       channels_(e.w1.size(1)),
       hidden_channels_(e.w1.size(0)),
-      activation_(names.activation),
-      gate_(names.gate),
+      activation_(activations.activation),
+      gate_(activations.gate),
       dense_(kernels().dense[static_cast<int>(dtype_of(e.w1))]),
       vector_(e.w1.scalar_type() == at::kDouble ? kernels().vector_double : kernels().vector_float) {}
 

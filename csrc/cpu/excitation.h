@@ -13,7 +13,7 @@ namespace se_ext::cpu {
 class Excitation {
  public:
   // Weights in their own dtype; made contiguous where they are not.
-  Excitation(const ops::Excitation& e, const ops::Activations& names);
+  Excitation(const ops::Excitation& e, const ops::Activations& activations);
 
   std::int64_t channels() const { return channels_; }
   std::int64_t hidden_channels() const { return hidden_channels_; }

@@ -7,10 +7,10 @@
 namespace se_ext {
 
 template <>
-void Backend<Cpu>::excite(const ops::Excite& a, const ops::Activations& names, const Tensor& scale,
+void Backend<Cpu>::excite(const ops::Excite& a, const ops::Activations& activations, const Tensor& scale,
                           const Tensor& hidden) {
   using namespace cpu;
-  const cpu::Excitation e(a.excitation, names);
+  const cpu::Excitation e(a.excitation, activations);
   const std::int64_t N = a.input.size(0);
   const auto type = accumulation_type(a.input.scalar_type());
   const Tensor z = a.input.to(type).contiguous();
@@ -24,10 +24,10 @@ void Backend<Cpu>::excite(const ops::Excite& a, const ops::Activations& names, c
 }
 
 template <>
-void Backend<Cpu>::excite_backward(const ops::ExciteBackward& a, const ops::Activations& names,
+void Backend<Cpu>::excite_backward(const ops::ExciteBackward& a, const ops::Activations& activations,
                                    const Gradients<5>& to) {
   using namespace cpu;
-  const cpu::Excitation e(a.forward.excitation, names);
+  const cpu::Excitation e(a.forward.excitation, activations);
   const std::int64_t N = a.forward.input.size(0);
   const auto type = accumulation_type(a.forward.input.scalar_type());
   const Tensor z = a.forward.input.to(type).contiguous();

@@ -39,7 +39,7 @@ struct Vectors {
   }
 };
 
-// Fills `statistics` and the means of the samples [N, C], unless of no rows; gives v its mean and inverse.
+// Fills `statistics` and the means of the samples [N, C], unless undefined or of no rows; gives v its mean and inverse.
 void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Statistics& statistics,
                          const at::Tensor& sample_means);
 

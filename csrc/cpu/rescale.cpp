@@ -5,7 +5,7 @@
 namespace se_ext {
 
 template <>
-void Backend<Cpu>::rescale(const ops::Rescale& a, const ops::Activations& names, const Tensor& y) {
+void Backend<Cpu>::rescale(const ops::Rescale& a, const ops::Activations& activations, const Tensor& y) {
   using namespace cpu;
   const FeatureMap x(a.input);
   const MapOutput out(x, a.input, y);
@@ -22,14 +22,14 @@ void Backend<Cpu>::rescale(const ops::Rescale& a, const ops::Activations& names,
     tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
       map.rescale(x.slab, tile,
                   {x.sample(n), scale_at.at(n * x.slab.channels), residual_at.at(n * slab), y_at.at(n * slab),
-                   names.post, streaming});
+                   activations.post, streaming});
     });
   });
   out.write_back();
 }
 
 template <>
-void Backend<Cpu>::rescale_backward(const ops::RescaleBackward& a, const ops::Activations& names,
+void Backend<Cpu>::rescale_backward(const ops::RescaleBackward& a, const ops::Activations& activations,
                                     const Gradients<3>& to) {
   using namespace cpu;
   const FeatureMap x(a.forward.input);
@@ -47,9 +47,9 @@ void Backend<Cpu>::rescale_backward(const ops::RescaleBackward& a, const ops::Ac
   const Pointer g_at(g), scale_at(scale), saved_at = pointer(saved);
   const Pointer gx_at = pointer(grad_input), gr_at = pointer(grad_residual);
   const auto at_sample = [&](std::int64_t n) {
-    return RescaleBackward{g_at.at(n * slab),     x.sample(n),     scale_at.at(n * C),
-                           saved_at.at(n * slab), no_mean_at.base, gx_at.at(n * slab),
-                           gr_at.at(n * slab),    names.post,      schedule.streaming};
+    return RescaleBackward{g_at.at(n * slab),     x.sample(n),      scale_at.at(n * C),
+                           saved_at.at(n * slab), no_mean_at.base,  gx_at.at(n * slab),
+                           gr_at.at(n * slab),    activations.post, schedule.streaming};
   };
 
   const MapKernels& map = kernels().map[static_cast<int>(x.dtype)];

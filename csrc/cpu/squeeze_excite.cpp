@@ -7,12 +7,12 @@
 namespace se_ext {
 
 template <>
-void Backend<Cpu>::squeeze_excite(const ops::SqueezeExcite& a, const ops::Activations& names, const Tensor& y,
+void Backend<Cpu>::squeeze_excite(const ops::SqueezeExcite& a, const ops::Activations& activations, const Tensor& y,
                                   const ops::SavedExcitation* saved) {
   using namespace cpu;
   const FeatureMap x(a.input);
   const MapOutput out(x, a.input, y);
-  const cpu::Excitation e(a.excitation, names);
+  const cpu::Excitation e(a.excitation, activations);
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels(), slab = x.slab_elements();
   const Tensor r = x.in_my_layout(a.tail.residual);
   const Pointer residual_at = pointer(r), y_at(out.tensor);
@@ -35,18 +35,18 @@ void Backend<Cpu>::squeeze_excite(const ops::SqueezeExcite& a, const ops::Activa
     tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
       map.rescale(
           x.slab, tile,
-          {x.sample(n), scale_at.at(n * C), residual_at.at(n * slab), y_at.at(n * slab), names.post, streaming});
+          {x.sample(n), scale_at.at(n * C), residual_at.at(n * slab), y_at.at(n * slab), activations.post, streaming});
     });
   });
   out.write_back();
 }
 
 template <>
-void Backend<Cpu>::squeeze_excite_backward(const ops::SqueezeExciteBackward& a, const ops::Activations& names,
+void Backend<Cpu>::squeeze_excite_backward(const ops::SqueezeExciteBackward& a, const ops::Activations& activations,
                                            const Gradients<6>& to) {
   using namespace cpu;
   const FeatureMap x(a.forward.input);
-  const cpu::Excitation e(a.forward.excitation, names);
+  const cpu::Excitation e(a.forward.excitation, activations);
   const auto& [grad_input, grad_w1, grad_b1, grad_w2, grad_b2, grad_residual] = to;
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels(), slab = x.slab_elements();
   const Tensor g = x.in_my_layout(a.grad_output), saved = x.in_my_layout(a.forward.tail.residual);
@@ -61,9 +61,9 @@ void Backend<Cpu>::squeeze_excite_backward(const ops::SqueezeExciteBackward& a, 
   const Pointer g_at(g), scale_at(scale), saved_at = pointer(saved);
   const Pointer gx_at = pointer(grad_input), gr_at = pointer(grad_residual);
   const auto at_sample = [&](std::int64_t n) {
-    return RescaleBackward{g_at.at(n * slab),     x.sample(n),     scale_at.at(n * C),
-                           saved_at.at(n * slab), gz_at.at(n * C), gx_at.at(n * slab),
-                           gr_at.at(n * slab),    names.post,      schedule.streaming};
+    return RescaleBackward{g_at.at(n * slab),     x.sample(n),      scale_at.at(n * C),
+                           saved_at.at(n * slab), gz_at.at(n * C),  gx_at.at(n * slab),
+                           gr_at.at(n * slab),    activations.post, schedule.streaming};
   };
 
   e.activate(N, Pointer(hidden), h_at);

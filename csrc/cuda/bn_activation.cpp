@@ -8,7 +8,7 @@
 namespace se_ext {
 
 template <>
-void Backend<Cuda>::bn_activation(const ops::BnActivation& a, const ops::Activations& names, const Tensor& y,
+void Backend<Cuda>::bn_activation(const ops::BnActivation& a, const ops::Activations& activations, const Tensor& y,
                                   const Statistics& statistics) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.input);
@@ -19,18 +19,19 @@ void Backend<Cuda>::bn_activation(const ops::BnActivation& a, const ops::Activat
   void* const a_at = scratch.take(C);
   void* const b_at = scratch.take(C);
   if (a.batch_statistics) {
-    statistics_of_batch(x, v, a.eps, statistics, /*sample_means=*/at::empty({0}), a_at, b_at);
+    statistics_of_batch(x, v, a.eps, statistics, /*sample_means=*/Tensor(), a_at, b_at);
   } else {
     C10_CUDA_CHECK(coefficients(v.of(x), x.dtype == DType::Float64, a_at, b_at, batch.stream));
   }
   const Tensor ones = at::ones({x.samples, C}, x.accumulation_options());
-  C10_CUDA_CHECK(write_prologue_rescale(batch, {a_at, b_at, Activation::Identity}, /*drop=*/nullptr,
-                                        {data(x.tensor), data(ones), /*residual=*/nullptr, writable(y), names.post}));
+  C10_CUDA_CHECK(
+      write_prologue_rescale(batch, {a_at, b_at, Activation::Identity}, /*drop=*/nullptr,
+                             {data(x.tensor), data(ones), /*residual=*/nullptr, writable(y), activations.post}));
 }
 
 // One pass sums up what the normalisation's gradient needs, another writes.
 template <>
-void Backend<Cuda>::bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& names,
+void Backend<Cuda>::bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& activations,
                                            const Gradients<3>& to) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.forward.input);
@@ -61,7 +62,7 @@ void Backend<Cuda>::bn_activation_backward(const ops::BnActivationBackward& a, c
                              data(zeros),
                              writable(grad_input),
                              /*grad_residual=*/nullptr,
-                             names.post};
+                             activations.post};
   const PrologueBackward prologue{{a_at, b_at, Activation::Identity},
                                   /*drop=*/nullptr,
                                   norm.mean,

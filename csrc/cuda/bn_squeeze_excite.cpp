@@ -7,14 +7,14 @@
 namespace se_ext {
 
 template <>
-void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::Activations& names, const Tensor& y,
-                                      const ops::SavedBnSqueezeExcite& saved, const Tensor& var) {
+void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::Activations& activations,
+                                      const Tensor& y, const ops::SavedBnSqueezeExcite& saved, const Tensor& var) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.input);
-  const cuda::Excitation e(a.excitation(), names);
+  const cuda::Excitation e(a.excitation(), activations);
   Vectors v(a.norm(), x.accumulation_type());
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels();
-  const bool is_identity = names.pre == Activation::Identity, is_double = x.dtype == DType::Float64;
+  const bool is_identity = activations.pre == Activation::Identity, is_double = x.dtype == DType::Float64;
   const Tensor r = aligned_like(x, a.tail.residual), drop = vector_in(a.drop_scale, x.accumulation_type());
   const int maps = r.defined() ? 3 : 2;
   const Batch batch = batch_of(x, is_streaming(x, maps));
@@ -34,8 +34,8 @@ void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::
   void* const z = writable(saved.excitation.z);
   void* const hidden = writable(saved.excitation.hidden);
   void* const scale = writable(saved.excitation.scale);
-  const Prologue prologue{a_at, b_at, names.pre};
-  const RescaleMaps out{data(x.tensor), scale, data(r), writable(y), names.post};
+  const Prologue prologue{a_at, b_at, activations.pre};
+  const RescaleMaps out{data(x.tensor), scale, data(r), writable(y), activations.post};
   const Plan plan = Plan::of({x.dtype, x.slab, N, 1, maps - 1, M, e.weight_bytes(), !is_identity}, current_device());
   if (plan.path == Path::Cluster) {
     const ClusterExcitation excitation{e.first(), e.second(), z, hidden, scale};
@@ -58,14 +58,14 @@ void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::
 // One pass sums up what the gradient of the scale and the normalisation need, another writes. It waits for the whole
 // batch where the batch's statistics depend on x.
 template <>
-void Backend<Cuda>::bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackward& a, const ops::Activations& names,
-                                               const Gradients<8>& to) {
+void Backend<Cuda>::bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackward& a,
+                                               const ops::Activations& activations, const Gradients<8>& to) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.forward.input);
-  const cuda::Excitation e(a.forward.excitation(), names);
+  const cuda::Excitation e(a.forward.excitation(), activations);
   const auto& [grad_input, grad_weight, grad_bias, grad_w1, grad_b1, grad_w2, grad_b2, grad_residual] = to;
   const bool batch_statistics = a.forward.batch_statistics;
-  const bool is_identity = names.pre == Activation::Identity, is_double = x.dtype == DType::Float64;
+  const bool is_identity = activations.pre == Activation::Identity, is_double = x.dtype == DType::Float64;
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels();
   const auto type = x.accumulation_type();
   Vectors v(a.forward.norm(), type);
@@ -96,9 +96,9 @@ void Backend<Cuda>::bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackwar
 
   const cuda::Excitation::Backward vectors{grad_t, data(hidden), h, grad_hidden, grad_z, x.slab.points};
   const RescaleBackward maps{
-      data(g),   data(x.tensor), data(scale), data(saved), grad_z, writable(grad_input), writable(grad_residual),
-      names.post};
-  const PrologueBackward prologue{{a_at, b_at, names.pre},
+      data(g),         data(x.tensor), data(scale), data(saved), grad_z, writable(grad_input), writable(grad_residual),
+      activations.post};
+  const PrologueBackward prologue{{a_at, b_at, activations.pre},
                                   data(drop),
                                   norm.mean,
                                   batch_statistics ? slope : nullptr,

@@ -13,13 +13,13 @@ Layer layer_of(const at::Tensor& w, const at::Tensor& b, Activation activation) 
 
 }  // namespace
 
-Excitation::Excitation(const ops::Excitation& e, const ops::Activations& names)
+Excitation::Excitation(const ops::Excitation& e, const ops::Activations& activations)
     : w1_(ready(e.w1)),
       b1_(ready(e.b1)),
       w2_(ready(e.w2)),
       b2_(ready(e.b2)),
-      first_(layer_of(w1_, b1_, names.activation)),
-      second_(layer_of(w2_, b2_, names.gate)) {}
+      first_(layer_of(w1_, b1_, activations.activation)),
+      second_(layer_of(w2_, b2_, activations.gate)) {}
 
 void Excitation::forward(const Forward& v, std::int64_t first, std::int64_t samples, cudaStream_t stream) const {
   C10_CUDA_CHECK(layer_forward(first_, {v.z, v.hidden, v.h}, first, samples, stream));

@@ -10,7 +10,7 @@ namespace se_ext::cuda {
 class Excitation {
  public:
   // Weights in their own dtype; made contiguous and aligned where they are not.
-  Excitation(const ops::Excitation& e, const ops::Activations& names);
+  Excitation(const ops::Excitation& e, const ops::Activations& activations);
 
   std::int64_t channels() const { return first_.columns; }
   std::int64_t hidden_channels() const { return first_.rows; }

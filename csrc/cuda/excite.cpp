@@ -5,10 +5,10 @@
 namespace se_ext {
 
 template <>
-void Backend<Cuda>::excite(const ops::Excite& a, const ops::Activations& names, const Tensor& scale,
+void Backend<Cuda>::excite(const ops::Excite& a, const ops::Activations& activations, const Tensor& scale,
                            const Tensor& hidden) {
   using namespace cuda;
-  const cuda::Excitation e(a.excitation, names);
+  const cuda::Excitation e(a.excitation, activations);
   const auto type = accumulation_type(a.input.scalar_type());
   const Tensor z = vector_in(a.input, type);
   const Tensor h = at::empty_like(hidden);
@@ -19,10 +19,10 @@ void Backend<Cuda>::excite(const ops::Excite& a, const ops::Activations& names, 
 }
 
 template <>
-void Backend<Cuda>::excite_backward(const ops::ExciteBackward& a, const ops::Activations& names,
+void Backend<Cuda>::excite_backward(const ops::ExciteBackward& a, const ops::Activations& activations,
                                     const Gradients<5>& to) {
   using namespace cuda;
-  const cuda::Excitation e(a.forward.excitation, names);
+  const cuda::Excitation e(a.forward.excitation, activations);
   const auto type = accumulation_type(a.forward.input.scalar_type());
   const auto stream = c10::cuda::getCurrentCUDAStream().stream();
   const Tensor z = vector_in(a.forward.input, type), grad = vector_in(a.grad_output, type);

@@ -8,7 +8,7 @@ void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Stat
                          const at::Tensor& sample_means, void* a, void* b) {
   const std::int64_t N = x.samples, C = x.slab.channels;
   const Batch batch = batch_of(x);
-  const bool has_means = sample_means.numel() > 0;
+  const bool has_means = sample_means.defined() && sample_means.numel() > 0;
   const std::int64_t partials = partial_items(batch, N, 2);
   Scratch scratch(partials + (has_means ? 2 : 3) * N * C, 3, x.accumulation_options());
   const Sums sums{scratch.take(2 * N * C), scratch.take(partials), 1};
@@ -16,7 +16,7 @@ void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Stat
   if (x.slab.points > 0) {
     C10_CUDA_CHECK(sum_moments(batch, data(x.tensor), sums));
   } else {
-    sample_means.fill_(std::numeric_limits<double>::quiet_NaN());
+    if (sample_means.defined()) sample_means.fill_(std::numeric_limits<double>::quiet_NaN());
   }
   C10_CUDA_CHECK(batch_statistics(batch, data(x.tensor),
                                   {sums.sums, data(v.weight), data(v.bias), means, writable(statistics.mean),

@@ -23,8 +23,8 @@ struct Vectors {
   }
 };
 
-// Fills `statistics` and the means of the samples [N, C], unless of no rows; gives v its mean and inverse; writes the
-// affine map that they make, a and b [C].
+// Fills `statistics` and the means of the samples [N, C], unless undefined or of no rows; gives v its mean and inverse;
+// writes the affine map that they make, a and b [C].
 void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Statistics& statistics,
                          const at::Tensor& sample_means, void* a, void* b);
 

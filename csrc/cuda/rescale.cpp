@@ -3,18 +3,18 @@
 namespace se_ext {
 
 template <>
-void Backend<Cuda>::rescale(const ops::Rescale& a, const ops::Activations& names, const Tensor& y) {
+void Backend<Cuda>::rescale(const ops::Rescale& a, const ops::Activations& activations, const Tensor& y) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.input);
   const MapOutput out(x, a.input, y);
   const Tensor scale = vector_in(a.scale, x.accumulation_type()), r = aligned_like(x, a.tail.residual);
   C10_CUDA_CHECK(write_rescale(batch_of(x, is_streaming(x, r.defined() ? 3 : 2)),
-                               {data(x.tensor), data(scale), data(r), writable(out.tensor), names.post}));
+                               {data(x.tensor), data(scale), data(r), writable(out.tensor), activations.post}));
   out.write_back();
 }
 
 template <>
-void Backend<Cuda>::rescale_backward(const ops::RescaleBackward& a, const ops::Activations& names,
+void Backend<Cuda>::rescale_backward(const ops::RescaleBackward& a, const ops::Activations& activations,
                                      const Gradients<3>& to) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.forward.input);
@@ -28,7 +28,7 @@ void Backend<Cuda>::rescale_backward(const ops::RescaleBackward& a, const ops::A
                              /*grad_mean=*/nullptr,
                              writable(grad_input),
                              writable(grad_residual),
-                             names.post};
+                             activations.post};
   const Batch batch = batch_of(x, is_streaming(x, saved.defined() ? 4 : 3));
   if (grad_scale.defined()) {
     const InType sums(grad_scale, x.accumulation_type());

@@ -5,18 +5,18 @@
 namespace se_ext {
 
 template <>
-void Backend<Cuda>::squeeze_excite(const ops::SqueezeExcite& a, const ops::Activations& names, const Tensor& y,
+void Backend<Cuda>::squeeze_excite(const ops::SqueezeExcite& a, const ops::Activations& activations, const Tensor& y,
                                    const ops::SavedExcitation* saved) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.input);
   const MapOutput out(x, a.input, y);
-  const cuda::Excitation e(a.excitation, names);
+  const cuda::Excitation e(a.excitation, activations);
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels();
   const Tensor r = aligned_like(x, a.tail.residual);
   const int maps = r.defined() ? 3 : 2;
   const Batch batch = batch_of(x, is_streaming(x, maps));
   const Plan plan = Plan::of({x.dtype, x.slab, N, 1, maps - 1, M, e.weight_bytes(), true}, current_device());
-  RescaleMaps rescale{data(x.tensor), nullptr, data(r), writable(out.tensor), names.post};
+  RescaleMaps rescale{data(x.tensor), nullptr, data(r), writable(out.tensor), activations.post};
   if (plan.path == Path::Cluster) {
     const ClusterExcitation excitation{e.first(), e.second(), saved ? writable(saved->z) : nullptr,
                                        saved ? writable(saved->hidden) : nullptr,
@@ -42,11 +42,11 @@ void Backend<Cuda>::squeeze_excite(const ops::SqueezeExcite& a, const ops::Activ
 }
 
 template <>
-void Backend<Cuda>::squeeze_excite_backward(const ops::SqueezeExciteBackward& a, const ops::Activations& names,
+void Backend<Cuda>::squeeze_excite_backward(const ops::SqueezeExciteBackward& a, const ops::Activations& activations,
                                             const Gradients<6>& to) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.forward.input);
-  const cuda::Excitation e(a.forward.excitation, names);
+  const cuda::Excitation e(a.forward.excitation, activations);
   const auto type = x.accumulation_type();
   const auto& [grad_input, grad_w1, grad_b1, grad_w2, grad_b2, grad_residual] = to;
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels();
@@ -65,8 +65,8 @@ void Backend<Cuda>::squeeze_excite_backward(const ops::SqueezeExciteBackward& a,
   void* const grad_hidden = scratch.take(N * M);
   const cuda::Excitation::Backward vectors{grad_t, data(hidden), h, grad_hidden, grad_z, x.slab.points};
   const RescaleBackward maps{
-      data(g),   data(x.tensor), data(scale), data(saved), grad_z, writable(grad_input), writable(grad_residual),
-      names.post};
+      data(g),         data(x.tensor), data(scale), data(saved), grad_z, writable(grad_input), writable(grad_residual),
+      activations.post};
   const Plan plan = Plan::of({x.dtype, x.slab, N, read, written, M, e.weight_bytes(), false}, current_device());
   for_each_chunk(batch, plan.chunk, [&](const Batch& part) {
     C10_CUDA_CHECK(sum_rescale_backward(part, maps, sums));

@@ -71,8 +71,8 @@ Tensor layer(const Tensor& in, const Tensor& w, const OptionalTensor& b) {
   return at::linear(in, w.to(type).flatten(1), b.has_value() ? OptionalTensor(b->to(type)) : OptionalTensor());
 }
 
-Tensor scale_of(const Tensor& z, const ops::Excitation& e, const ops::Activations& names) {
-  return activate(names.gate, layer(activate(names.activation, layer(z, e.w1, e.b1)), e.w2, e.b2));
+Tensor scale_of(const Tensor& z, const ops::Excitation& e, const ops::Activations& activations) {
+  return activate(activations.gate, layer(activate(activations.activation, layer(z, e.w1, e.b1)), e.w2, e.b2));
 }
 
 // scale ⊙ x + residual
@@ -118,12 +118,12 @@ Tensor dropped(const Tensor& scale, const OptionalTensor& drop_scale) {
 }
 
 // v = scale ⊙ u (+ residual) of the ops with an excitation, before post.
-Tensor weighed(const ops::SqueezeExcite& a, const ops::Activations& names, const OptionalTensor& residual) {
-  return weigh(a.input, scale_of(spatial_mean(a.input), a.excitation, names), residual);
+Tensor weighed(const ops::SqueezeExcite& a, const ops::Activations& activations, const OptionalTensor& residual) {
+  return weigh(a.input, scale_of(spatial_mean(a.input), a.excitation, activations), residual);
 }
-Tensor weighed(const ops::BnSqueezeExcite& a, const ops::Activations& names, const Tensor& u,
+Tensor weighed(const ops::BnSqueezeExcite& a, const ops::Activations& activations, const Tensor& u,
                const OptionalTensor& residual) {
-  return weigh(u, dropped(scale_of(spatial_mean(u), a.excitation(), names), a.drop_scale), residual);
+  return weigh(u, dropped(scale_of(spatial_mean(u), a.excitation(), activations), a.drop_scale), residual);
 }
 
 // ---- differentiable backward ----
@@ -192,33 +192,33 @@ Tensor compute(const ops::Squeeze& a) {
 }
 
 Tensor compute(const ops::Excite& a) {
-  const ops::Activations names = a.check();
+  const ops::Activations activations = a.check();
   const Tensor z = a.input.to(accumulation_type(a.input.scalar_type()));
-  return scale_of(z, a.excitation, names).to(a.input.scalar_type());
+  return scale_of(z, a.excitation, activations).to(a.input.scalar_type());
 }
 
 Tensor compute(const ops::Rescale& a) {
-  const ops::Activations names = a.check();
-  return activate(names.post, weigh(a.input, a.scale, a.tail.residual)).to(a.input.scalar_type());
+  const ops::Activations activations = a.check();
+  return activate(activations.post, weigh(a.input, a.scale, a.tail.residual)).to(a.input.scalar_type());
 }
 
 Tensor compute(const ops::SqueezeExcite& a) {
-  const ops::Activations names = a.check();
-  return activate(names.post, weighed(a, names, a.tail.residual)).to(a.input.scalar_type());
+  const ops::Activations activations = a.check();
+  return activate(activations.post, weighed(a, activations, a.tail.residual)).to(a.input.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> compute(const ops::BnSqueezeExcite& a) {
-  const ops::Activations names = a.check();
-  const Prologue p = prologue(a.input, a.norm(), names.pre);
-  const Tensor y = activate(names.post, weighed(a, names, p.u, a.tail.residual)).to(a.input.scalar_type());
+  const ops::Activations activations = a.check();
+  const Prologue p = prologue(a.input, a.norm(), activations.pre);
+  const Tensor y = activate(activations.post, weighed(a, activations, p.u, a.tail.residual)).to(a.input.scalar_type());
   if (a.batch_statistics) return {y, p.mean.detach(), p.var.detach()};
   const auto none = [&] { return at::empty({0}, p.u.options()); };
   return {y, none(), none()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const ops::BnActivation& a) {
-  const ops::Activations names = a.check();
-  const Prologue p = prologue(a.input, a.norm(), names.post);
+  const ops::Activations activations = a.check();
+  const Prologue p = prologue(a.input, a.norm(), activations.post);
   const Tensor y = p.u.to(a.input.scalar_type());
   if (a.batch_statistics) return {y, p.mean.detach(), p.var.detach(), p.inverse.detach()};
   const auto none = [&] { return at::empty({0}, p.u.options()); };
@@ -236,26 +236,27 @@ std::array<Tensor, 5> compute(const ops::ExciteBackward& a) {
 }
 
 std::array<Tensor, 3> compute(const ops::RescaleBackward& a) {
-  const ops::Activations names = a.check();
+  const ops::Activations activations = a.check();
   const Recording recording;
   const Tensor x = stand_in(a.forward.input), s = stand_in(a.forward.scale);
   const auto v = [&](const OptionalTensor& residual) { return weigh(x, s, residual); };
-  return tail_backward(recording, a.grad_output, v, a.forward.tail.residual, names.post, {x, s}, a.mask);
+  return tail_backward(recording, a.grad_output, v, a.forward.tail.residual, activations.post, {x, s}, a.mask);
 }
 
 std::array<Tensor, 6> compute(const ops::SqueezeExciteBackward& a) {
-  const ops::Activations names = a.check();
+  const ops::Activations activations = a.check();
   const Recording recording;
   const ops::Excitation& e = a.forward.excitation;
   const Tensor x = stand_in(a.forward.input), w1 = stand_in(e.w1), w2 = stand_in(e.w2);
   const OptionalTensor b1 = stand_in(e.b1), b2 = stand_in(e.b2);
   const ops::SqueezeExcite forward{x, {w1, b1, w2, b2, e.activation, e.gate}, a.forward.tail};
-  const auto v = [&](const OptionalTensor& residual) { return weighed(forward, names, residual); };
-  return tail_backward(recording, a.grad_output, v, a.forward.tail.residual, names.post, {x, w1, b1, w2, b2}, a.mask);
+  const auto v = [&](const OptionalTensor& residual) { return weighed(forward, activations, residual); };
+  return tail_backward(recording, a.grad_output, v, a.forward.tail.residual, activations.post, {x, w1, b1, w2, b2},
+                       a.mask);
 }
 
 std::array<Tensor, 8> compute(const ops::BnSqueezeExciteBackward& a) {
-  const ops::Activations names = a.check();
+  const ops::Activations activations = a.check();
   const Recording recording;
   const ops::BnSqueezeExcite& f = a.forward;
   const Tensor x = stand_in(f.input), w1 = stand_in(f.w1), w2 = stand_in(f.w2);
@@ -265,18 +266,18 @@ std::array<Tensor, 8> compute(const ops::BnSqueezeExciteBackward& a) {
       x,     weight,           bias,         w1,     b1,     w2,          b2, f.batch_statistics,
       f.eps, f.pre_activation, f.activation, f.gate, f.tail, f.drop_scale};
   const auto v = [&](const OptionalTensor& residual) {
-    return weighed(forward, names, prologue(x, forward.norm(), names.pre).u, residual);
+    return weighed(forward, activations, prologue(x, forward.norm(), activations.pre).u, residual);
   };
-  return tail_backward(recording, a.grad_output, v, f.tail.residual, names.post, {x, weight, bias, w1, b1, w2, b2},
-                       a.mask);
+  return tail_backward(recording, a.grad_output, v, f.tail.residual, activations.post,
+                       {x, weight, bias, w1, b1, w2, b2}, a.mask);
 }
 
 std::array<Tensor, 3> compute(const ops::BnActivationBackward& a) {
-  const ops::Activations names = a.check();
+  const ops::Activations activations = a.check();
   const Recording recording;
   const Tensor x = stand_in(a.forward.input);
   const OptionalTensor weight = stand_in(a.forward.weight), bias = stand_in(a.forward.bias);
-  const Tensor u = prologue(x, {weight, bias, a.forward.batch_statistics, a.forward.eps}, names.post).u;
+  const Tensor u = prologue(x, {weight, bias, a.forward.batch_statistics, a.forward.eps}, activations.post).u;
   return gradients(recording, u, a.grad_output, {x, weight, bias}, a.mask);
 }
 

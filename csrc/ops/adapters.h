@@ -38,28 +38,31 @@ struct Backend {
   static void squeeze(const ops::Squeeze& a, const Tensor& z);
 
   // hidden [N, M] is what the first layer gives, before its activation.
-  static void excite(const ops::Excite& a, const ops::Activations& names, const Tensor& scale, const Tensor& hidden);
-  static void excite_backward(const ops::ExciteBackward& a, const ops::Activations& names, const Gradients<5>& to);
+  static void excite(const ops::Excite& a, const ops::Activations& activations, const Tensor& scale,
+                     const Tensor& hidden);
+  static void excite_backward(const ops::ExciteBackward& a, const ops::Activations& activations,
+                              const Gradients<5>& to);
 
   // y may be the input.
-  static void rescale(const ops::Rescale& a, const ops::Activations& names, const Tensor& y);
-  static void rescale_backward(const ops::RescaleBackward& a, const ops::Activations& names, const Gradients<3>& to);
+  static void rescale(const ops::Rescale& a, const ops::Activations& activations, const Tensor& y);
+  static void rescale_backward(const ops::RescaleBackward& a, const ops::Activations& activations,
+                               const Gradients<3>& to);
 
   // y may be the input; `saved` is null where nobody wants it.
-  static void squeeze_excite(const ops::SqueezeExcite& a, const ops::Activations& names, const Tensor& y,
+  static void squeeze_excite(const ops::SqueezeExcite& a, const ops::Activations& activations, const Tensor& y,
                              const ops::SavedExcitation* saved);
-  static void squeeze_excite_backward(const ops::SqueezeExciteBackward& a, const ops::Activations& names,
+  static void squeeze_excite_backward(const ops::SqueezeExciteBackward& a, const ops::Activations& activations,
                                       const Gradients<6>& to);
 
   // Fills `saved` and the variance.
-  static void bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::Activations& names, const Tensor& y,
+  static void bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::Activations& activations, const Tensor& y,
                                 const ops::SavedBnSqueezeExcite& saved, const Tensor& var);
-  static void bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackward& a, const ops::Activations& names,
+  static void bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackward& a, const ops::Activations& activations,
                                          const Gradients<8>& to);
 
-  static void bn_activation(const ops::BnActivation& a, const ops::Activations& names, const Tensor& y,
+  static void bn_activation(const ops::BnActivation& a, const ops::Activations& activations, const Tensor& y,
                             const Statistics& statistics);
-  static void bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& names,
+  static void bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& activations,
                                      const Gradients<3>& to);
 };
 
@@ -95,12 +98,12 @@ struct Adapters {
   }
 
   static std::tuple<Tensor, Tensor> excite_forward(const ops::Excite& a) {
-    const ops::Activations names = a.check();
+    const ops::Activations activations = a.check();
     const Guard guard(a.input);
     const Tensor& z = a.input;
     Tensor scale = empty_matrix(z.sym_size(0), z.sym_size(1), z, z.scalar_type());
     Tensor hidden = empty_matrix(z.sym_size(0), a.excitation.w1.sym_size(0), z, accumulation_type(z.scalar_type()));
-    if constexpr (runs) Run::excite(a, names, scale, hidden);
+    if constexpr (runs) Run::excite(a, activations, scale, hidden);
     return {scale, hidden};
   }
 
@@ -111,17 +114,17 @@ struct Adapters {
   }
 
   static Tensor rescale(const ops::Rescale& a) {
-    const ops::Activations names = a.check();
+    const ops::Activations activations = a.check();
     const Guard guard(a.input);
     Tensor y = empty_map_like(a.input);
-    if constexpr (runs) Run::rescale(a, names, y);
+    if constexpr (runs) Run::rescale(a, activations, y);
     return y;
   }
 
   static void rescale_in_place(const ops::Rescale& a) {
-    const ops::Activations names = checks::in_place(ops::rescale_.name, a);
+    const ops::Activations activations = checks::in_place(ops::rescale_.name, a);
     const Guard guard(a.input);
-    if constexpr (runs) Run::rescale(a, names, a.input);
+    if constexpr (runs) Run::rescale(a, activations, a.input);
   }
 
   static auto rescale_backward(const ops::RescaleBackward& a) {
@@ -129,29 +132,29 @@ struct Adapters {
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(const ops::SqueezeExcite& a) {
-    const ops::Activations names = a.check();
+    const ops::Activations activations = a.check();
     const Guard guard(a.input);
     Tensor y = empty_map_like(a.input);
     Tensor z = saved_matrix(a.input, a.input.sym_size(1));
     Tensor hidden = saved_matrix(a.input, a.excitation.w1.sym_size(0));
     Tensor scale = saved_matrix(a.input, a.input.sym_size(1));
     const ops::SavedExcitation saved{z, hidden, scale};
-    if constexpr (runs) Run::squeeze_excite(a, names, y, &saved);
+    if constexpr (runs) Run::squeeze_excite(a, activations, y, &saved);
     return {y, z, hidden, scale};
   }
 
   static Tensor squeeze_excite(const ops::SqueezeExcite& a) {
-    const ops::Activations names = a.check();
+    const ops::Activations activations = a.check();
     const Guard guard(a.input);
     Tensor y = empty_map_like(a.input);
-    if constexpr (runs) Run::squeeze_excite(a, names, y, nullptr);
+    if constexpr (runs) Run::squeeze_excite(a, activations, y, nullptr);
     return y;
   }
 
   static void squeeze_excite_in_place(const ops::SqueezeExcite& a) {
-    const ops::Activations names = checks::in_place(ops::squeeze_excite_.name, a);
+    const ops::Activations activations = checks::in_place(ops::squeeze_excite_.name, a);
     const Guard guard(a.input);
-    if constexpr (runs) Run::squeeze_excite(a, names, a.input, nullptr);
+    if constexpr (runs) Run::squeeze_excite(a, activations, a.input, nullptr);
   }
 
   static auto squeeze_excite_backward(const ops::SqueezeExciteBackward& a) {
@@ -160,10 +163,10 @@ struct Adapters {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_forward(
       const ops::BnSqueezeExcite& a) {
-    const ops::Activations names = a.check();
+    const ops::Activations activations = a.check();
     const Guard guard(a.input);
     const c10::SymInt channels = a.input.sym_size(1);
-    const bool saves_means = names.pre == Activation::Identity;
+    const bool saves_means = activations.pre == Activation::Identity;
     Tensor y = empty_map_like(a.input);
     auto [mean, var, inverse] = empty_statistics(a.input, a.batch_statistics);
     Tensor sample_means = empty_matrix(saves_means ? a.input.sym_size(0) : c10::SymInt(0), channels, a.input,
@@ -171,7 +174,7 @@ struct Adapters {
     Tensor z = saved_matrix(a.input, channels), hidden = saved_matrix(a.input, a.w1.sym_size(0));
     Tensor scale = saved_matrix(a.input, channels);
     const ops::SavedBnSqueezeExcite saved{{mean, inverse}, sample_means, {z, hidden, scale}};
-    if constexpr (runs) Run::bn_squeeze_excite(a, names, y, saved, var);
+    if constexpr (runs) Run::bn_squeeze_excite(a, activations, y, saved, var);
     return {y, mean, var, inverse, sample_means, z, hidden, scale};
   }
 
@@ -185,11 +188,11 @@ struct Adapters {
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> bn_activation(const ops::BnActivation& a) {
-    const ops::Activations names = a.check();
+    const ops::Activations activations = a.check();
     const Guard guard(a.input);
     Tensor y = empty_map_like(a.input);
     const Statistics statistics = empty_statistics(a.input, a.batch_statistics);
-    if constexpr (runs) Run::bn_activation(a, names, y, statistics);
+    if constexpr (runs) Run::bn_activation(a, activations, y, statistics);
     return {y, statistics.mean, statistics.var, statistics.inverse};
   }
 
@@ -219,10 +222,10 @@ struct Adapters {
  private:
   template <class A, class F>
   static auto backward(const A& a, const F& run) {
-    const ops::Activations names = a.check();
+    const ops::Activations activations = a.check();
     const Guard guard(a.forward.input);
     const auto gradients = empty_gradients(a.forward, a.mask);
-    if constexpr (runs) run(a, names, gradients);
+    if constexpr (runs) run(a, activations, gradients);
     return std::tuple_cat(gradients);
   }
 

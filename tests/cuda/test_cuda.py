@@ -30,6 +30,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import se_ext
+from benchmarks.cases.gpu import extra_bytes
 from se_ext import _C, reference
 
 CUDA = torch.device("cuda", 0)
@@ -429,18 +430,6 @@ def test_the_cpu_and_the_gpu_agree(shape, channels_last, dtype):
 
 
 # ---- memory ----
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    """What the call adds at its peak to the bytes asked of torch's allocator (which rounds a block up to a MB more)."""
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    kept = call()
-    torch.cuda.synchronize()
-    del kept
-    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

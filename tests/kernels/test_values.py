@@ -63,6 +63,23 @@ def test_values_and_gradients(case: OpCase, options: Options) -> None:
     case.check(replace(options, requires_grad=True))
 
 
+def test_where_terms_cancel_an_error_beyond_roundings_is_seen() -> None:
+    """Sixty-four terms near 1 that sum to about 1e-4: their roundings are a thousand times eps of it."""
+    terms = torch.rand(32, dtype=torch.float64) + 0.5
+    arguments = {"terms": torch.cat([terms, 3e-6 - terms])}
+    exact = arguments["terms"].sum()
+
+    def compare(error: float) -> None:
+        ours = (exact + error).float()
+        CASES[0]._compare("sum", ours, exact, torch.float32, 1, None, arguments, lambda moved: moved["terms"].sum())
+
+    compare(1e-7)
+    with pytest.raises(AssertionError, match="times what roundings explain"):
+        compare(2e-5)
+    with pytest.raises(AssertionError, match="times what roundings explain"):
+        compare(float("nan"))
+
+
 @pytest.mark.parametrize(
     ("case", "wanted"),
     [
