@@ -4,7 +4,8 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(se_ext, m) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  // flexible_layout: the ops take any strides, so a compiler may choose them.
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
 
   // The formula: squeeze, excite, rescale, and the three as one.
   m.def("squeeze(Tensor input) -> Tensor", tags);

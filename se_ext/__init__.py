@@ -4,11 +4,12 @@ from ._loader import load as _load
 
 _load()
 
-from . import _C, _flops, functional, models, reference  # noqa: E402, F401
+from . import _C, _flops, _inductor, functional, models, reference  # noqa: E402, F401
 from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
 
 _flops.register()
+_inductor.register()
 
 __version__ = "0.1.0"
 __all__ = [

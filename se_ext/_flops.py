@@ -5,16 +5,14 @@ other ops have no formula.
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
 from collections.abc import Callable, Sequence
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
 
-COUNTER = "torch.utils.flop_counter"
+from ._when_imported import when_imported
+
 # The ops with matrix products of their own. (_bn_squeeze_excite_running calls others, which are counted.)
 COUNTED = (
     "excite",
@@ -65,28 +63,6 @@ def add_formulas(counter: Any) -> None:
             counter.register_flop_formula(packet)(formula_of(packet.default))
 
 
-class CounterFinder:
-    """Adds the formulas once torch's counter is imported. To import it here would cost every program milliseconds, and
-    where there is a GPU the import of Triton."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if name != COUNTER:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        load = spec.loader.exec_module
-
-        def load_and_add(module: ModuleType) -> None:
-            load(module)
-            add_formulas(module)
-
-        spec.loader.exec_module = load_and_add  # type: ignore[method-assign]
-        return spec
-
-
 def register() -> None:
     """Adds the formulas to the counter, whether it is imported already or will be."""
-    if COUNTER in sys.modules:
-        add_formulas(sys.modules[COUNTER])
-    sys.meta_path.insert(0, CounterFinder())
+    when_imported("torch.utils.flop_counter", add_formulas)

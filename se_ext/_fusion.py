@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops
-from ._known import excitation_of, is_known_block, known_activation, normalization_of
+from ._known import excitation_of, is_known_block, is_left_to_compilers, known_activation, normalization_of
 from ._names import ACTIVATIONS, GATES
 
 # The activations and gates by name, as torch's modules compute them.
@@ -55,8 +55,10 @@ def tail(
         return _ops.rescale(u, scale, residual, post_activation)
     activation, gate = state["activation"], state["scale_activation"]
     normalization = normalization_of(bn)
-    if normalization is None:
+    if normalization is None or is_left_to_compilers(bn):
         u = bn(input)
+        if normalization is not None:
+            u, pre_activation = _FUNCTIONS[pre_activation](u), "identity"
         drop_scale, residual = branches() if callable(branches) else branches
         return _ops.squeeze_excite_behind_activation(
             u, None, excitation, pre_activation, activation, gate, residual, post_activation, drop_scale
@@ -78,7 +80,7 @@ def named_batch_norm(bn: Any, activation: str, input: Tensor) -> Tensor:
     """The same of an activation given by its name. Behind a batch norm that is called it is not in place, whatever its
     module says: autograd allows no change of what comes out of a module with a backward hook."""
     normalization = normalization_of(bn)
-    if normalization is None:
+    if normalization is None or is_left_to_compilers(bn):
         return _FUNCTIONS[activation](bn(input))
     return _ops.bn_activation_running(input, *normalization, activation)
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, is_grad_enabled, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -173,6 +174,15 @@ def normalization_of(bn: Any) -> Optional[Normalization]:
         training, tracked = state["training"], state["track_running_stats"]
         return normalization_from(weight, bias, (mean, var, count), training, tracked, state["momentum"], state["eps"])
     return None
+
+
+def is_left_to_compilers(bn: Any) -> bool:
+    """Whether a batch norm stays an ordinary one, and the activation behind it too: in evaluation, in a program that is
+    recorded for inference. A compiler folds them into the convolution in front, which it cannot do with an op of ours.
+    (torch.compile with gradients keeps the fused op: there, nothing is folded.)"""
+    return not bn.training and (
+        is_exporting() or torch._C._get_tracing_state() is not None or (is_dynamo_compiling() and not is_grad_enabled())
+    )
 
 
 def normalization_from(

@@ -2,8 +2,9 @@
 every other batch norm as one with the ReLU behind it.
 
 A batch norm, ReLU or SE block with hooks or a class of its own is called (see _known.py); what is around it stays
-fused. `se` may be replaced by any module, or by None. Under TorchScript the other batch norms are left as they are, for
-torch.jit.freeze to fold into the convolutions.
+fused. `se` may be replaced by any module, or by None. In a program that is recorded for inference (torch.compile
+without gradients, torch.export, torch.jit.trace) the batch norms are left as they are, for the compiler to fold into
+the convolutions. A script, which can be trained, leaves all but those in front of the SE blocks.
 
 The networks, the names of their parameters and the initialisation are those of timm's models of the same names, so that
 their checkpoints load as they are; and so are the methods and attributes, so that code for timm's models runs as it is.

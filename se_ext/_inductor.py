@@ -1,0 +1,72 @@
+"""For Inductor, the default backend of torch.compile: an op whose input nobody reads afterwards writes into it, as
+Inductor's own multiplication would.
+
+Whether somebody reads it is decided by Inductor's reinplacing pass, from its own analysis of what is alive and of what
+shares memory. The pass knows pairs of a functional op and its form in place; ours are added here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._when_imported import when_imported
+
+ops = torch.ops.se_ext
+IN_PLACE = {
+    ops.rescale.default: ops.rescale_.default,
+    ops.squeeze_excite.default: ops.squeeze_excite_.default,
+}
+
+
+def register() -> None:
+    when_imported("torch._inductor.fx_passes.reinplace", add_pairs)
+
+
+def add_pairs(reinplace: Any) -> None:
+    """To the pass, the module; and to Inductor's table of lowerings, which its import has filled."""
+    from torch._inductor import lowering
+
+    for functional, in_place in IN_PLACE.items():
+        pair = reinplace.InplaceableOp(in_place, 0, extra_check=writes_a_whole_tensor)
+        reinplace.inplaceable_ops[functional] = pair
+        call: Any = lowering.fallback_handler
+        register: Any = lowering.register_lowering(in_place, type_promotion_kind=None)
+        register(lowered(call(functional), call(in_place)))
+
+
+def writes_a_whole_tensor(node: Any) -> bool:
+    """Whether the input of a functional op is a tensor of its own (no view, no gaps, no element twice) in the output's
+    strides, and none of the op's other arguments shares its memory."""
+    from torch._inductor.fx_utils import get_node_storage
+    from torch.fx.passes.reinplace import _is_view_op
+
+    mutated, *others = node.args
+    given, output = mutated.meta["val"], node.meta["val"]
+    storage = get_node_storage(mutated)
+    return (
+        not _is_view_op(mutated.target)
+        and torch._prims_common.is_non_overlapping_and_dense_or_false(given)
+        and torch.fx.experimental.symbolic_shapes.statically_known_true(
+            given.numel() * given.element_size() == given.untyped_storage().nbytes()
+        )
+        and given.stride() == output.stride()
+        and not any(isinstance(other, torch.fx.Node) and get_node_storage(other) == storage for other in others)
+    )
+
+
+def lowered(functional: Any, in_place: Any) -> Any:
+    """What the op in place becomes in Inductor's program. Its value is its input, changed; of an input that is no
+    buffer (a view, which Inductor might copy first) it is what the functional op returns."""
+
+    def lower(input: Any, *others: Any) -> Any:
+        from torch._inductor import ir
+
+        input.realize()
+        if not isinstance(input.data, ir.StorageBox):
+            return functional(input, *others)
+        in_place(input, *others)
+        return input
+
+    return lower
