@@ -175,6 +175,8 @@ struct Node : torch::autograd::Function<Node<Recording>> {
   static constexpr std::size_t kGradients = std::tuple_size_v<typename Recording::Backward::Result>;
   static constexpr std::size_t kResidual = residual_of<A>();
   static constexpr bool kHasTail = kResidual < std::size(A::tensors);
+  // For compiled autograd: backward reads the context and calls ops, nothing else.
+  static constexpr bool is_traceable = true;
 
   // Fills `results`, beside the output with what is not differentiable. Those don't pass through autograd, whose
   // wrapping of a result costs more than the computation of a small vector.

@@ -219,7 +219,8 @@ def test_a_network_of_timm_with_blocks_in_place(name: str, freezing: bool, resto
         assert_near(torch.compile(network)(x), expected, "compiled", 2e-4)
 
 
-def replace_blocks(network: nn.Module) -> int:
+def replace_blocks(network: nn.Module, inplace: bool = True) -> int:
+    """Those of a network of timm, by ours; how many there are."""
     replaced = 0
     for parent in list(network.modules()):
         for key, block in list(parent.named_children()):
@@ -228,7 +229,7 @@ def replace_blocks(network: nn.Module) -> int:
             reduce, expand = block.conv_reduce, block.conv_expand
             gate = {"Sigmoid": "sigmoid", "Hardsigmoid": "hardsigmoid"}[type(block.gate).__name__]
             activation = {"SiLU": "silu", "ReLU": "relu"}[type(block.act1).__name__]
-            ours = se_ext.SqueezeExcitation(reduce.in_channels, reduce.out_channels, activation, gate, inplace=True)
+            ours = se_ext.SqueezeExcitation(reduce.in_channels, reduce.out_channels, activation, gate, inplace=inplace)
             ours.fc1.load_state_dict(reduce.state_dict())
             ours.fc2.load_state_dict(expand.state_dict())
             setattr(parent, key, ours.eval())

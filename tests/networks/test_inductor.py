@@ -1,0 +1,286 @@
+"""What Inductor, the default backend of torch.compile, makes of networks with our blocks: one op a block, which writes
+into its input where nobody reads that afterwards, and no copy of a map that the network without SE blocks has not.
+Generated programs are read, and their results compared with the plain formula in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import package
+from test_compiled_networks import assert_near, replace_blocks
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
+
+import se_ext
+from se_ext import models, reference
+from se_ext._residual import BasicBlock
+
+C, M = 32, 8
+IN_PLACE = "se_ext.squeeze_excite_.default"
+FRESH = "se_ext.squeeze_excite.default"
+
+pytestmark = pytest.mark.cpu_only
+
+
+@pytest.fixture(autouse=True)
+def one_thread(restore_threads: None) -> Iterator[None]:
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def calls(code: str, op: str) -> int:
+    """Of an op of ours in a generated program."""
+    return code.count(f"torch.ops.{op}(")
+
+
+def maps_made(code: str) -> int:
+    """The maps [N, C, H, W] that a generated program allocates for kernels of its own: a copy of a map is one more."""
+    return len(re.findall(r"= empty_strided_cpu\(\([^,()]+, [^,()]+, [^,()]+, [^,()]+\), ", code))
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """With batch norms that are no identities."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network
+
+
+def residual() -> tuple[nn.Module, nn.Module, int]:
+    """A network with our blocks, the same without SE blocks, and how many there were; and so below."""
+    ours = randomised(models.SEResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, zero_init_last=False))
+    return ours, without_se(ours), 4
+
+
+def mobilenet() -> tuple[nn.Module, nn.Module, int]:
+    package("torchvision_shim")  # timm imports torchvision
+    ours = randomised(package("timm").create_model("mobilenetv3_small_050", num_classes=10))
+    return ours, without_se(ours), replace_blocks(ours, inplace=False)
+
+
+def without_se(network: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
+        if hasattr(module, "se"):
+            module.se = nn.Identity()
+    return copied
+
+
+NETWORKS = {"residual": residual, "mobilenet": mobilenet}
+
+
+def images(n: int, size: int = 64) -> Tensor:
+    return torch.randn(n, 3, size, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("residual", "default"),
+        ("residual", "freezing"),
+        ("residual", "max-autotune"),
+        ("mobilenet", "freezing"),
+        ("mobilenet", "freezing, dynamic"),
+    ],
+)
+def test_inference_has_one_op_per_block_in_place_and_no_copy(name: str, mode: str) -> None:
+    ours, without, blocks = NETWORKS[name]()
+    dynamic, options = "dynamic" in mode, {"mode": mode} if mode == "max-autotune" else {}
+    programs = []
+    with torch.no_grad(), config.patch(freezing="freezing" in mode):
+        for network in (ours.eval(), without.eval()):
+            plain = copy.deepcopy(network).double()
+            compiled = torch.compile(network, fullgraph=True, dynamic=dynamic, **options)
+            x = images(2)
+            y, code = run_and_get_code(compiled, x)
+            programs.append("\n".join(code))
+            assert_near(y, plain(x.double()), allowed=2e-4)
+            if dynamic:
+                x = images(3, 96)
+                assert_near(compiled(x), plain(x.double()), allowed=2e-4)
+    assert calls(programs[0], IN_PLACE) == blocks
+    assert programs[0].count("torch.ops.se_ext.") == blocks
+    assert maps_made(programs[0]) <= maps_made(programs[1])
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [("residual", False), ("residual", True), ("mobilenet", False)])
+def test_a_training_step_has_one_op_per_block_and_pass_and_no_copy(name: str, dynamic: bool) -> None:
+    ours, without, blocks = NETWORKS[name]()
+    x = images(4).to(memory_format=torch.channels_last)
+
+    def program(network: nn.Module) -> list[str]:
+        """Forward's and backward's."""
+        compiled = torch.compile(network, fullgraph=True, dynamic=dynamic)
+        _, code = run_and_get_code(lambda: compiled(x).square().sum().backward())
+        return code
+
+    eager = copy.deepcopy(ours)
+    eager(x).square().sum().backward()
+    programs = program(ours), program(without)
+    for (key, a), b in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        # ReLUs whose sign a rounding changes
+        assert (a.grad - b.grad).norm() <= 1e-2 * b.grad.norm().clamp_min(1e-3), key
+    for direction, with_ours, plain in zip(("forward", "backward"), *programs, strict=True):
+        tails = re.findall(rf"torch\.ops\.se_ext\._(?:bn_)?squeeze_excite_{direction}\.default\(", with_ours)
+        assert len(tails) == blocks, direction
+        assert maps_made(with_ours) <= maps_made(plain), direction
+
+
+# ---- when the op may write into its input ----
+
+
+class Between(nn.Module):
+    """`middle` between two convolutions, with a convolution's result for a shortcut."""
+
+    def __init__(self, middle: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.middle = middle
+        self.conv1, self.conv2 = nn.Conv2d(3, C, 3, padding=1), nn.Conv2d(C, C, 1)
+        self.conv3 = nn.Conv2d(C, 4, 3, padding=1)
+        self.se = se_ext.SqueezeExcitation(C, M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(self.middle(self, self.conv1(x), self.conv2))
+
+
+def block(m: Any, x: Tensor, *more: Any) -> Tensor:
+    """The block of a network in float32; of its float64 twin, the plain formula."""
+    weights = m.se.fc1.weight, m.se.fc1.bias, m.se.fc2.weight, m.se.fc2.bias
+    if x.dtype == torch.float64:
+        return reference.squeeze_excite(x, *weights, "relu", "sigmoid", *more)
+    return se_ext.squeeze_excite(x, *weights, "relu", "sigmoid", *more)
+
+
+def scaled(m: Any, x: Tensor, s: Tensor) -> Tensor:
+    return (reference if x.dtype == torch.float64 else se_ext).rescale(x, s)
+
+
+def halves(m: Any, u: Tensor, conv: nn.Module) -> Tensor:
+    """Two blocks, each on a view of the same map."""
+    u = torch.cat((u, u.relu()), 2)
+    first, second = u.chunk(2, 2)
+    return block(m, first) + block(m, second)
+
+
+# What stands between the convolutions; how many of its blocks write into their inputs, and how many must not.
+MIDDLES: dict[str, tuple[Callable[..., Tensor], int, int]] = {
+    "a dead input": (lambda m, u, conv: block(m, u), 1, 0),
+    "one block after the other": (lambda m, u, conv: block(m, block(m, u)), 2, 0),
+    "with a shortcut": (lambda m, u, conv: block(m, conv(u), u, "relu"), 1, 0),
+    "the input is read later": (lambda m, u, conv: block(m, u) * u, 0, 1),
+    "the input is read later, through a view": (lambda m, u, conv: block(m, u) + u.flip(3)[:, :, ::1], 0, 1),
+    "the input is read later, by a convolution": (lambda m, u, conv: block(m, u) + conv(u), 0, 1),
+    "the input is the residual": (lambda m, u, conv: block(m, u, u, "silu"), 0, 1),
+    "the input is a view": (lambda m, u, conv: block(m, u.transpose(2, 3)), 0, 1),
+    "the inputs share memory": (halves, 0, 2),
+    "what is read later was computed before": (lambda m, u, conv: (t := u * 2 + 1, block(m, u.relu()) - t)[1], 1, 0),
+}
+
+
+@pytest.mark.parametrize("freezing", [False, True], ids=["", "freezing"])
+@pytest.mark.parametrize("name", MIDDLES)
+def test_only_a_dead_input_is_written(name: str, freezing: bool) -> None:
+    middle, in_place, fresh = MIDDLES[name]
+    network = Between(middle).eval()
+    x = images(2, 16)
+    with torch.no_grad(), config.patch(freezing=freezing):
+        y, code = run_and_get_code(torch.compile(network, fullgraph=True), x)
+        assert_near(y, copy.deepcopy(network).double()(x.double()))
+    code = "\n".join(code)
+    assert (calls(code, IN_PLACE), calls(code, FRESH)) == (in_place, fresh)
+
+
+@pytest.mark.parametrize("returned", [False, True], ids=["", "returned"])
+def test_what_the_caller_holds_is_not_written(returned: bool) -> None:
+    """The program's input, and a map that it returns."""
+    network = Between(lambda m, u, conv: u)
+    x = torch.randn(2, C, 8, 8)
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        u = x + 1 if returned else x
+        return (block(network, u), u) if returned else (block(network, u),)
+
+    with torch.no_grad():
+        before = x.clone()
+        ours, eager = torch.compile(f, fullgraph=True)(x), f(before.clone())
+    assert torch.equal(x, before)
+    for a, b in zip(ours, eager, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rescale_writes_into_a_dead_input() -> None:
+    network = Between(lambda m, u, conv: scaled(m, u, u.mean((2, 3)).sigmoid())).eval()
+    x = images(2, 16)
+    with torch.no_grad():
+        y, code = run_and_get_code(torch.compile(network, fullgraph=True), x)
+        assert_near(y, copy.deepcopy(network).double()(x.double()))
+    assert calls("\n".join(code), "se_ext.rescale_.default") == 1
+
+
+# ---- batch norms that a compiler folds ----
+
+
+def test_batch_norms_in_evaluation_are_folded() -> None:
+    """With freezing none is left: their scale is in the weights of the convolutions, their shift is the bias."""
+    network = residual()[0].eval()
+    x = images(2)
+    with torch.no_grad(), config.patch(freezing=True):
+        _, code = run_and_get_code(torch.compile(network, fullgraph=True), x)
+    code = "\n".join(code)
+    convolutions = sum(
+        isinstance(module, nn.Conv2d) and module.weight.shape[2:] != (1, 1) for module in network.modules()
+    )
+    assert "_bn_" not in code
+    assert "rsqrt" not in code
+    assert code.count("mkldnn._convolution_pointwise.default(") >= convolutions
+
+
+def test_batch_norms_in_evaluation_stay_fused_where_gradients_flow() -> None:
+    """A network that is tuned with its batch norms in evaluation: nothing could be folded."""
+    network = residual()[0].eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, x = torch.compile(network, fullgraph=True, backend=counter), images(2)
+    assert torch.equal(compiled(x), network(x))
+    [graph] = counter.graphs
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("_bn_squeeze_excite_running" in target for target in targets) == 4
+    assert not any("batch_norm" in target for target in targets)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_an_exported_network_has_ordinary_batch_norms_in_evaluation(strict: bool) -> None:
+    network, x = residual()[0], images(2)
+    for training in (False, True):
+        program = torch.export.export(network.train(training), (x,), strict=strict)
+        targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert sum("se_ext.squeeze_excite.default" in target for target in targets) == (0 if training else 4)
+        assert any("batch_norm" in target for target in targets) != training
+        if not training:
+            torch.testing.assert_close(program.module()(x), network(x))
+
+
+def test_a_hooked_batch_norm_and_a_pre_activation() -> None:
+    """What is called for its hooks is called under a compiler too, and the pre_activation is applied once."""
+    module = se_ext.BatchNormSqueezeExcitation(C, M, pre_activation=nn.SiLU, post_activation=nn.ReLU).eval()
+    randomised(module)
+    x, r = torch.randn(2, C, 6, 6), torch.randn(2, C, 6, 6)
+    with torch.no_grad():
+        expected = module(x, r)
+        torch.testing.assert_close(torch.compile(module, fullgraph=True)(x, r), expected)
+        module.bn.register_forward_hook(lambda module, args, output: 2 * output)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(module)(x, r), module(x, r))
+        assert not torch.allclose(module(x, r), expected)
