@@ -70,6 +70,10 @@ WHOLE_NETWORKS = ROUNDS + (
     "gave the logits (training: in float64, and the gradient of the images) of eager, the compiled networks the logits "
     "of their eager form, and the other runtimes those of eager."
 )
+IMPORTS = (
+    "Each import is timed in a fresh process that has imported torch before; one that is not counted comes first, and "
+    "leaves the files in memory. other_cpu_share is the part of all CPU time that other programs used."
+)
 LARGE_INPUTS = ROUNDS + (
     "Every row is measured in a fresh process with its environment, because glibc and torch read their settings at "
     "start-up only. The gate's bias is so large that every gate is 1 and x stays what it is when the block is applied "
@@ -136,6 +140,15 @@ ALL = (
         axes={"mode": MODES, "batch": (1, 8)},
         page_faults_out=False,
         keep_going=True,
+    ),
+    Experiment(
+        name="imports",
+        question="what does the import of se_ext take beyond torch's?",
+        kind="imports",
+        method=IMPORTS,
+        plan=Plan(rounds=11, block_ms=0, warmup_ms=0, lead_in_calls=0),
+        axes={},
+        page_faults_out=False,
     ),
     _blocks(
         name="inference",
