@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +22,12 @@ NAMES = (ONNX_RUNTIME, OPENVINO)
 
 
 def installed() -> dict[str, str]:
-    """The versions of the packages, the exporter's among them, that this Python finds."""
-    return {name: importlib.metadata.version(name) for name in (*EXPORTER, *NAMES) if importlib.util.find_spec(name)}
+    """The versions of those of the packages, the exporter's among them, that are installed."""
+    found = {}
+    for package in (*EXPORTER, *NAMES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def available(versions: dict[str, str]) -> tuple[tuple[str, ...], list[str]]:
@@ -32,7 +36,7 @@ def available(versions: dict[str, str]) -> tuple[tuple[str, ...], list[str]]:
     for name in NAMES:
         missing = [package for package in (*EXPORTER, name) if package not in versions]
         if missing:
-            notes.append(f"{name} is left out, because {' and '.join(missing)} cannot be imported")
+            notes.append(f"{name} is left out, because these are not installed: {', '.join(missing)}")
         else:
             found.append(name)
     return tuple(found), notes

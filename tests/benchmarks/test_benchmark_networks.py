@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -212,16 +213,23 @@ def test_each_network_is_inferred_at_two_batches_and_trained_at_one(monkeypatch:
         for name in ("efficientnet_b0", "mobilenetv3_large_100", "regnety_008", "seresnet50")
         for what in ("inference 1 onnxruntime", "inference 8 onnxruntime", "train 8")
     }
-    assert work.notes == ["openvino is left out, because openvino cannot be imported"]
+    assert work.notes == ["openvino is left out, because these are not installed: openvino"]
     assert work.facts["runtimes"] == {"onnx": "1.0", "onnxscript": "1.0", "onnxruntime": "1.0"}
 
 
-def test_a_runtime_without_the_exporter_is_left_out() -> None:
+def test_a_runtime_without_the_exporter_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "openvino":
+            raise importlib.metadata.PackageNotFoundError
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert runtimes.installed() == {"onnx": "1.0", "onnxscript": "1.0", "onnxruntime": "1.0"}
     assert runtimes.available({"onnx": "1", "openvino": "1"}) == (
         (),
         [
-            "onnxruntime is left out, because onnxscript and onnxruntime cannot be imported",
-            "openvino is left out, because onnxscript cannot be imported",
+            "onnxruntime is left out, because these are not installed: onnxscript, onnxruntime",
+            "openvino is left out, because these are not installed: onnxscript",
         ],
     )
 
@@ -265,7 +273,7 @@ def test_a_wrong_runtime_is_never_timed(compiled: list[dict[str, Any]], monkeypa
         user_case("inference", "openvino").measure_here(TWO_ROUNDS)
 
 
-def test_a_crash_loses_the_other_runtimes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_loses_the_other_runtimes_only(compiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row has a fresh process; where one ends, the row is measured again without the other runtimes."""
     processes = []
 
