@@ -86,12 +86,14 @@ def work(text: str, *, mode: Sequence[str], batch: Sequence[int], quick: bool) -
 
 
 def user_s(name: str, network: nn.Module, layout: str) -> dict[str, nn.Module]:
-    """By what was done to it: timm's network; what a user of se_ext has in its place, se_ext's own where there is one,
-    else its blocks; and where there is one, its blocks alone."""
+    """By what was done to it: timm's network, and what a user of se_ext has in its place, which is se_ext's own network
+    where there is one, else its blocks. In inference also the blocks alone where there is one; their training step,
+    which takes minutes, is a part of the experiment `networks`."""
     blocks = swapped(network, with_se_ext)
-    if hasattr(se_ext.models, name):
-        return {PLAIN: network, WITH: fused(name, network, layout), ONLY_BLOCKS: blocks}
-    return {PLAIN: network, WITH: blocks}
+    if not hasattr(se_ext.models, name):
+        return {PLAIN: network, WITH: blocks}
+    own = {PLAIN: network, WITH: fused(name, network, layout)}
+    return own if network.training else {**own, ONLY_BLOCKS: blocks}
 
 
 def compile_copy(name: str, network: nn.Module, images: Tensor) -> nn.Module:

@@ -194,7 +194,8 @@ def test_a_user_has_se_ext_s_own_network_or_its_blocks() -> None:
     found = {}
     for name in ("seresnet50", SMALL):
         network = networks.timm.create_model(name)
-        forms = whole_networks.user_s(name, network, "nhwc")
+        assert list(whole_networks.user_s(name, network.train(), "nhwc")) == ["", "_se_ext"]
+        forms = whole_networks.user_s(name, network.eval(), "nhwc")
         assert forms.pop("") is network
         for change, ours in forms.items():
             blocks = [type(module) for module in ours.modules() if isinstance(module, se_ext.SqueezeExcitation)]
