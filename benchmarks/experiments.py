@@ -19,6 +19,8 @@ QUICK = Plan(rounds=2, block_ms=0.1, warmup_ms=0.1, lead_in_calls=0)
 INFERENCE, TRAIN = "inference", "train"
 MODES = (INFERENCE, TRAIN)
 LAYOUTS = ("nchw", "nhwc")
+OWN_NETWORK = "seresnet50"  # se_ext.models has it
+NETWORK_NAMES = ("efficientnet_b0", "mobilenetv3_large_100", "regnety_008", OWN_NETWORK)
 VARIANTS = ("eager_conv", "eager_linear", "compile", "compile_linear")
 TAILS = ("bn_se_residual_relu", "bn_silu_se", "bias_silu_se")
 # The values that an axis can have; a batch is any whole number.
@@ -57,12 +59,22 @@ NETWORKS = ROUNDS + (
     "most that tensors hold during a training step."
 )
 WHOLE_NETWORKS = ROUNDS + (
-    "eager is timm's network with random weights, as a user runs it on a CPU: channels_last, glibc's allocator with "
-    "nothing set. eager_se_ext is the same network, with the same weights, with se_ext's block in place of timm's, or "
-    "se_ext.models' network of that name. compile and compile_se_ext are the same two under torch.compile, inference "
-    "with torch._inductor.config.freezing. train is forward + backward + SGD step. Before timing, eager_se_ext gave "
-    "the logits (training: in float64, and the gradient of the images) of eager, and the compiled networks the logits "
-    "of their eager form."
+    "Each row has a process of its own. eager is timm's network with random weights, as a user runs it on a CPU: "
+    "channels_last, glibc's allocator with nothing set. eager_se_ext is the same network, with the same weights, with "
+    "se_ext's block in place of timm's, or se_ext.models' network of that name; where there is one, "
+    "eager_se_ext_blocks is timm's network with se_ext's blocks, in inference. compile, compile_se_ext and "
+    "compile_se_ext_blocks are the same under torch.compile, compile_no_se is timm's network without its SE blocks; "
+    "with isolate_recompiles, so that no call tries the guards of another variant, and inference with "
+    "torch._inductor.config.freezing. onnxruntime and openvino run timm's network, exported by "
+    "torch.onnx.export(dynamo=True) for the batch of the row, in float32 on contiguous (NCHW) images and on torch's "
+    "number of threads; those of ONNX Runtime do not spin between calls. train is forward + backward + SGD step. "
+    "Before timing, eager_se_ext and eager_se_ext_blocks gave the logits (training: in float64, and the gradient of "
+    "the images) of eager, the compiled networks the logits of their eager form, and the other runtimes those of "
+    "eager."
+)
+IMPORTS = (
+    "Each import is timed in a fresh process that has imported torch before; one that is not counted comes first, and "
+    "leaves the files in memory. other_cpu_share is the part of all CPU time that other programs used."
 )
 LARGE_INPUTS = ROUNDS + (
     "Every row is measured in a fresh process with its environment, because glibc and torch read their settings at "
@@ -126,8 +138,18 @@ ALL = (
         question="what do a user's inference and training step take, without and with se_ext, eager and compiled?",
         kind="whole_networks",
         method=WHOLE_NETWORKS,
-        plan=Plan(rounds=20, block_ms=0, warmup_ms=0, lead_in_calls=0),
-        axes={"mode": MODES, "batch": (8,)},
+        plan=Plan(rounds=25, block_ms=20, warmup_ms=0, lead_in_calls=0),
+        axes={"mode": MODES, "batch": (1, 8)},
+        page_faults_out=False,
+        keep_going=True,
+    ),
+    Experiment(
+        name="imports",
+        question="what does the import of se_ext take beyond torch's?",
+        kind="imports",
+        method=IMPORTS,
+        plan=Plan(rounds=11, block_ms=0, warmup_ms=0, lead_in_calls=0),
+        axes={},
         page_faults_out=False,
     ),
     _blocks(

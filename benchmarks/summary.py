@@ -13,6 +13,11 @@ INPLACE = "se_ext_inplace"
 LARGE, WORKLOADS, WALL = "large", "workloads", "wall"
 AS_IS, WITHOUT = "as_is", "no_se"
 FUSED_NETWORK = "se_ext_models"
+# A user's network: its form, and what was done to timm's; a variant is called by both.
+EAGER, COMPILED = "eager", "compile"
+PLAIN, WITH, ONLY_BLOCKS, BARE = "", "_se_ext", "_se_ext_blocks", "_no_se"
+ONNX_RUNTIME, OPENVINO = "onnxruntime", "openvino"
+IMPORT = "import"
 # Of the block by itself; what stands around it adds to them.
 FLOOR_PASSES = {"inference": 2, "train": 5}
 
@@ -132,7 +137,8 @@ def summarize(rows: Sequence[Row], baseline: str, ours: str = "speedup") -> dict
 
 
 def row_key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("name", "device", "dtype", "batch", "layout", "mode"))
+    """What tells rows of a kind apart; None for what a kind does not vary."""
+    return tuple(row.get(key) for key in ("name", "device", "dtype", "batch", "layout", "mode"))
 
 
 def groups(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:

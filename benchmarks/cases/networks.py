@@ -49,14 +49,13 @@ class NetworkCase(Case):
     batch: int
 
     def measure(self, plan: Plan) -> summary.Row:
-        """Checks the swapped networks against the one as it is, then times all of them. A call at more than one image
-        passes through so much memory that it leaves nothing in a cache for the next one: no lead-in."""
+        """Checks the swapped networks against the one as it is, then times all of them."""
         network, images, labels = self.build()
         networks = variants(self.name, network, self.layout, self.mode)
         check(networks, images[:CHECKED], labels[:CHECKED])
         with torch.inference_mode(self.mode == "inference"):
             steps = {variant: make_step(net, images, labels) for variant, net in networks.items()}
-            row = self.timed(steps, replace(plan, lead_in_calls=1 if self.batch == 1 else 0))
+            row = self.timed(steps, plan)
         if self.mode == "train":
             row["peak_bytes"] = {variant: peak_bytes(step, networks[variant]) for variant, step in steps.items()}
         return summary.add_costs({**row, "se_blocks": len(se_blocks(network))})
@@ -67,7 +66,9 @@ class NetworkCase(Case):
         return build(self.name, self.layout, images, SEED).train(self.mode == "train"), images, labels
 
     def timed(self, steps: Mapping[str, Step], plan: Plan) -> summary.Row:
-        found, other_cpu_share = recorded(steps, plan)
+        """A call at more than one image passes through so much memory that it leaves nothing in a cache for the next
+        one: no lead-in."""
+        found, other_cpu_share = recorded(steps, replace(plan, lead_in_calls=1 if self.batch == 1 else 0))
         where = {"name": self.name, "device": "cpu", "dtype": "float32", "batch": self.batch, "layout": self.layout}
         return {
             **where,

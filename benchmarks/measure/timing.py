@@ -47,8 +47,8 @@ class Samples:
 
 
 class OtherLoad:
-    """How much of the CPUs other programs used since this was made: where threads meet at barriers, one busy
-    neighbour turns microseconds into milliseconds."""
+    """How much of the CPUs other programs, but for those that this one started and that ended, used since this was
+    made: where threads meet at barriers, one busy neighbour turns microseconds into milliseconds."""
 
     def __init__(self) -> None:
         self._start = self._now()
@@ -70,7 +70,8 @@ class OtherLoad:
             return None
         user, nice, system, _idle, _iowait, irq, softirq, steal = (int(word) for word in words[1:9])
         busy_s = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy_s - time.process_time()
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.perf_counter(), busy_s - time.process_time() - ended.ru_utime - ended.ru_stime
 
 
 def do_nothing() -> None:

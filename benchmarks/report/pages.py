@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments import ALL
+from benchmarks.experiments import ALL, OWN_NETWORK
 from benchmarks.measure import results_file
 from benchmarks.report import targets
 from benchmarks.report.allocators import allocator_table, large_input_table
 from benchmarks.report.blocks import against_the_better, slow_rows, summary_table, workload_tables
 from benchmarks.report.gpu import every_row, gpu_parts, gpu_target_table
+from benchmarks.report.imports import import_lines
 from benchmarks.report.networks import fused_table, network_table
 from benchmarks.report.stages import stage_tables
 from benchmarks.report.tails import tail_table
-from benchmarks.report.whole_networks import BATCH, speedup_table, whole_network_table
+from benchmarks.report.whole_networks import BATCH, speedup_table, whole_network_spreads, whole_network_tables
 from benchmarks.summary import Row, groups, row_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +51,8 @@ class Measured:
 
     def judged(self) -> dict[str, list[Row]]:
         """What the CPU's targets speak of."""
-        return {kind: self.rows(kind, judged=True) for kind in ("blocks", "networks", "allocators", "tails")}
+        kinds = ("blocks", "networks", "allocators", "tails", "whole_networks", "imports")
+        return {kind: self.rows(kind, judged=True) for kind in kinds}
 
     @property
     def gpu(self) -> Results | None:
@@ -73,10 +75,12 @@ def summaries(measured: Measured) -> dict[str, list[str]]:
     """By title, the short tables of each question."""
     blocks, networks = measured.rows("blocks"), measured.rows("networks")
     return {
+        "Every network": _if(measured.rows("whole_networks"), whole_network_tables),
         "The block by itself": _if(blocks, summary_table, slow_rows),
         "The block with what stands around it": _if(measured.rows("tails"), tail_table),
         "Time and memory of a training step": _if(networks, fused_table),
         "Large inputs": _if(measured.rows("allocators"), allocator_table),
+        "The import": _if(measured.rows("imports"), import_lines),
     }
 
 
@@ -100,11 +104,14 @@ def origin(results: Results, name: str) -> str:
         f"`{name}`: {machine['gpu'] or machine['cpu']}",
         *([f"CUDA {gpu['cuda']}"] if gpu else [f"{machine['threads']} threads", f"instruction set {machine['isa']}"]),
         *(f"{package} {software[package]}" for package in ("torch", "timm") if package in software),
+        *(f"{package} {version}" for package, version in results.get("runtimes", {}).items()),
         f"commit {(git['commit'] or 'none')[:10]}{' + changes' if git['dirty'] else ''}",
         results["date"][:10],
     ]
     quick = ["**a quick run, whose times mean nothing**"] if is_quick(results) else []
-    notes = [f"{note[0].upper()}{note[1:]}." for note in [*quick, *results["notes"]]]
+    # The rows of a GPU that failed are in its tables.
+    failed = [] if gpu else [f"not timed: {what}" for what in results.get("failed", [])]
+    notes = [f"{note[0].upper()}{note[1:]}." for note in [*quick, *results["notes"], *failed]]
     return " ".join([f"- {', '.join(facts)}.", *notes])
 
 
@@ -134,19 +141,17 @@ def tables(results: Results, name: str) -> str:
 
 
 def readme(measured: Measured) -> str:
-    """The speed of whole networks and of the block in eight rows at most, and what they were measured on."""
-    networks = measured.rows("whole_networks", judged=True)
+    """The speed of whole networks and of the block in ten rows at most, and what they were measured on."""
+    networks = [row for row in measured.rows("whole_networks", judged=True) if row["batch"] == BATCH]
     blocks = measured.rows("blocks", judged=True)
     parts = [speedup_table(networks, blocks)]
     for results in measured.of_kind("whole_networks") if networks else []:
         machine, torch = results["machine"], results["software"]["torch"]
-        batches = " and ".join(f"{batch}" for (batch,) in groups(networks, "batch"))
         sizes = " and ".join(f"{size}×{size}" for (size,) in groups(networks, "image_size"))
         parts.append(
             f"Median times on {machine['threads']} cores of an {machine['cpu']} ({machine['isa']}), torch {torch}, "
-            f"float32, channels_last, batch {batches}, images of {sizes}. With se_ext, efficientnet_b0 and "
-            "mobilenetv3_large_100 are timm's networks with their SE blocks replaced, seresnet50 is "
-            "`se_ext.models.seresnet50`."
+            f"float32, channels_last, batch {BATCH}, images of {sizes}. With se_ext, {OWN_NETWORK} is "
+            f"`se_ext.models.{OWN_NETWORK}`, the others are timm's networks with their SE blocks replaced."
         )
     if blocks:
         models = {use["model"] for row in blocks for use in row["workload"]["uses"]}
@@ -184,12 +189,16 @@ def benchmarks(measured: Measured) -> list[str]:
 
 def target_page(measured: Measured) -> list[str]:
     parts = [
-        "What is required of se_ext's speed, what is aimed at, and what was measured. For maintainers.",
+        "What is required of se_ext's speed, what is aimed at, and what was measured. For maintainers. The "
+        "[record of tuning](tuning.md) has the reasons for what is missed, as far as they are known.",
         targets.cpu_table(measured.judged()),
     ]
     for target, below in targets.rows_below(measured.judged()):
         lines = "\n".join(map(against_the_better, below)) or "None."
         parts += [f"Rows below {target.required:g}, what every row must have: {len(below)}", lines]
+    for target, networks in targets.networks_below(measured.judged()):
+        lines = "\n".join(f"- {targets.network_line(found)}" for found in networks) or "None."
+        parts += [f"Networks below {target.required:g} of the target “{target.title}”: {len(networks)}", lines]
     return [*parts, "## On a GPU", gpu_target_table(measured.gpu)]
 
 
@@ -209,7 +218,7 @@ QUESTIONS = (
     Page(
         "docs/results/whole-networks.md",
         "What do whole networks take, without and with se_ext?",
-        lambda m: _if(m.rows("whole_networks"), whole_network_table),
+        lambda m: _if(m.rows("whole_networks"), whole_network_spreads),
     ),
     Page("docs/results/inference.md", "What does an SE block take in inference?", blocks_in("inference")),
     Page("docs/results/training.md", "What does an SE block take forward and backward?", blocks_in("train")),

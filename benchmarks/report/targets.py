@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.experiments import INFERENCE, NETWORK_NAMES, OWN_NETWORK, TRAIN
 from benchmarks.measure import allocator
+from benchmarks.report import whole_networks
 from benchmarks.report.blocks import TITLES
 from benchmarks.report.markdown import ABSENT, number, table
 from benchmarks.summary import (
     AS_IS,
+    COMPILED,
+    EAGER,
     FUSED_NETWORK,
+    IMPORT,
     LARGE,
     OURS,
     WALL,
@@ -46,14 +52,26 @@ def geometric_mean(found: Found) -> float:
     return statistics.geometric_mean(value for value, _ in found.values)
 
 
-def ratio_of_costs(found: Found) -> float:
+def ratio_of_costs(relative_cost: Callable[[Row], float]) -> Callable[[Found], float]:
     """What the SE blocks of all networks cost with se_ext over what they cost as they are, each relative to the time
     without any. A mean of the ratios would be decided by the networks where SE costs next to nothing."""
-    theirs = [
-        row["cost_us"][AS_IS]["median"] / row["variants"][WITHOUT]["time_us"]["median"] for _, row in found.values
-    ]
-    ours = [ratio * cost for (ratio, _), cost in zip(found.values, theirs, strict=True)]
-    return sum(ours) / sum(theirs)
+
+    def ratio(found: Found) -> float:
+        theirs = [relative_cost(row) for _, row in found.values]
+        ours = [value * cost for (value, _), cost in zip(found.values, theirs, strict=True)]
+        return sum(ours) / sum(theirs)
+
+    return ratio
+
+
+def by_network(found: Found) -> list[Found]:
+    """The rows of each network, which differ in their batch."""
+    names = dict.fromkeys(row["name"] for _, row in found.values)
+    return [Found([(value, row) for value, row in found.values if row["name"] == name]) for name in names]
+
+
+def slowest_network(found: Found) -> float:
+    return min(map(geometric_mean, by_network(found)))
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,12 @@ def cost_ratios(measured: Measured) -> Found:
     return Found(known, [f"{drowned} rows whose cost drowns in noise"] if drowned else [])
 
 
+def relative_cost(row: Row) -> float:
+    """What SE costs as it is, as a part of the time without."""
+    found: float = row["cost_us"][AS_IS]["median"] / row["variants"][WITHOUT]["time_us"]["median"]
+    return found
+
+
 def step_speedup(row: Row) -> float | None:
     """A training step of timm's network over that of se_ext.models'."""
     if FUSED_NETWORK not in row["variants"]:
@@ -180,6 +204,36 @@ def step_memory(row: Row) -> float | None:
         return None
     ratio: float = row["peak_bytes"][FUSED_NETWORK] / row["peak_bytes"][AS_IS]
     return ratio
+
+
+def users_networks(
+    value: Callable[[Row], float | None], mode: str, *batches: int, names: Sequence[str] = NETWORK_NAMES
+) -> Find:
+    """The rows of a user's networks, of which every name is wanted at every batch."""
+    find = rows("whole_networks", value, *batches, only=lambda row: row["name"] in names, mode=mode)
+
+    def found(measured: Measured) -> Found:
+        values = find(measured).values
+        timed = {(row["name"], row["batch"]) for _, row in values}
+        missing = [what for what in itertools.product(names, batches) if what not in timed]
+        return Found(values, [f"{name} at batch {batch}" for name, batch in missing])
+
+    return found
+
+
+def users_speedup(form: str) -> Callable[[Row], float | None]:
+    """Of what a user of se_ext has in place of timm's network."""
+
+    def find(row: Row) -> float | None:
+        found = whole_networks.speedup(row, form)
+        return None if found is None else found["median"]
+
+    return find
+
+
+def import_ms(row: Row) -> float:
+    found: float = row["variants"][IMPORT]["time_us"]["median"] / 1e3
+    return found
 
 
 def beyond(key: str, allowed_maps: int) -> Find:
@@ -209,6 +263,37 @@ def tail(name: str) -> Find:
 
 
 BETTER = speedup("better")
+COMPILED_SPEEDUP, EAGER_SPEEDUP = users_speedup(COMPILED), users_speedup(EAGER)
+# Where every network must reach a target, the slowest one's mean over its batches is judged.
+USERS = (
+    Target(
+        "compiled inference, batch 1 and 8, over the plain network compiled, every network",
+        1,
+        1.04,
+        users_networks(COMPILED_SPEEDUP, INFERENCE, 1, 8),
+        slowest_network,
+    ),
+    Target(
+        "what SE costs in compiled inference, batch 1 and 8, over what it costs in the plain network compiled",
+        0.8,
+        0.4,
+        users_networks(whole_networks.compiled_cost_ratio, INFERENCE, 1, 8),
+        ratio_of_costs(whole_networks.relative_compiled_cost),
+    ),
+    Target(
+        "compiled training step, batch 8, over the plain network compiled, every network",
+        1.03,
+        1.1,
+        users_networks(COMPILED_SPEEDUP, TRAIN, 8),
+        slowest_network,
+    ),
+    Target(
+        "eager inference of SE-ResNet-50, batch 1 and 8, over timm's",
+        1.03,
+        1.1,
+        users_networks(EAGER_SPEEDUP, INFERENCE, 1, 8, names=(OWN_NETWORK,)),
+    ),
+)
 IN_PLACE = rows("allocators", speedup("best_eager", "speedup_inplace"), environment=allocator.DEFAULT)
 LARGE_IN_CLONES = block_rows(clones, 8, 32, only=lambda row: slab_values(row) >= LARGE_SLAB_VALUES)
 CPU = (
@@ -222,12 +307,16 @@ CPU = (
     Target("bfloat16 time over float32 time, slabs of 1 MB and more, batch 8", 0.7, 0.55, half_over_float(8)),
     Target("inference in place on more than 64 MB, default allocator, over best eager", 5, 8, IN_PLACE),
     Target("inference in clones, C·P of 100k and more, batch 8 and 32", 1.6, 1.2, LARGE_IN_CLONES),
-    Target("what SE costs in a network, over what it costs as it is", 0.5, 0.3, cost_ratios, ratio_of_costs),
+    Target(
+        "what SE costs in a network, over what it costs as it is", 0.5, 0.3, cost_ratios, ratio_of_costs(relative_cost)
+    ),
     Target("batch norm + SE + shortcut + ReLU, forward + backward, over the better", 4, 6, tail("bn_se_residual_relu")),
     Target("batch norm + SiLU + SE, forward + backward, over the better", 3, 5, tail("bn_silu_se")),
     Target("bias + SiLU + SE, inference, over the better", 2.5, 4, tail("bias_silu_se")),
     Target("training step of SE-ResNet-50, over timm's", 1.15, 1.3, rows("networks", step_speedup)),
     Target("peak memory of that step, over timm's", 0.85, 0.7, rows("networks", step_memory)),
+    *USERS,
+    Target("import of se_ext after torch, in ms", 30, 10, rows("imports", import_ms)),
 )
 
 BIG = "x of 256 MB and more"
@@ -256,7 +345,8 @@ GPU = (
 def cpu_table(measured: Measured) -> str:
     title = (
         "Targets on two cores, float32 where nothing else is said; geometric means over the workloads in both layouts, "
-        "what SE costs in a network: the ratio of the summed costs, each as a part of its network's time without SE:"
+        "what SE costs in a network: the ratio of the summed costs, each as a part of its network's time without SE; "
+        "where every network must reach a target: the mean of the slowest:"
     )
     return f"{title}\n\n{target_table(CPU, measured)}"
 
@@ -273,6 +363,22 @@ def _line(target: Target, found: Found, absent: str) -> list[object]:
     cells: list[object] = [f"{sign} {goal:g}" for goal in (target.required, target.aim)]
     cells += [number(of(found) if found.values else None, digits) for of in (target.value, target.worst)]
     return [target.title, *cells, len(found.values) or ABSENT, target.verdict(found, absent)]
+
+
+def networks_below(measured: Measured) -> list[tuple[Target, list[Found]]]:
+    """For each target of the slowest network: the rows of the networks that miss what is required of each."""
+    return [
+        (target, [found for found in networks if not target.reached(geometric_mean(found), target.required)])
+        for target in USERS
+        if target.combine is slowest_network and (networks := by_network(target.find(measured)))
+    ]
+
+
+def network_line(found: Found) -> str:
+    """A network's mean, and the compiled times that it comes from: with SE, with se_ext, without SE."""
+    rows = [row for _, row in found.values]
+    mean = number(geometric_mean(found))
+    return f"{rows[0]['name']}: {mean} ({'; '.join(map(whole_networks.compiled_times, rows))})"
 
 
 def rows_below(measured: Measured) -> list[tuple[Target, list[Row]]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +14,10 @@ from torch import nn
 
 import se_ext
 from benchmarks import summary
-from benchmarks.cases import networks, whole_networks
-from benchmarks.measure.case import WrongResult
+from benchmarks.cases import networks, runtimes, whole_networks
+from benchmarks.experiments import BY_NAME, NETWORK_NAMES, OWN_NETWORK
+from benchmarks.measure import session
+from benchmarks.measure.case import Work, WrongResult
 from benchmarks.measure.timing import Plan
 from benchmarks.report.networks import network_table
 
@@ -157,63 +162,133 @@ def test_a_cost_in_the_noise_has_no_ratio() -> None:
 # ---- as a user runs them ----
 
 
-def small(mode: str, monkeypatch: pytest.MonkeyPatch) -> whole_networks.WholeNetworkCase:
-    """A small network, nothing compiled: a copy takes the place of what torch.compile would make of it."""
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """How each network was compiled. Nothing is: a copy takes the place of what torch.compile would make of it."""
+    found = []
+
+    def pretend(network: nn.Module, **options: Any) -> nn.Module:
+        found.append({**options, "freezing": torch._inductor.config.freezing})
+        return network
+
     monkeypatch.setattr(networks, "image_size", lambda name: 64)
-    monkeypatch.setattr(torch, "compile", lambda network: network)
-    return whole_networks.WholeNetworkCase(SMALL, "nhwc", mode, 2)
+    monkeypatch.setattr(torch, "compile", pretend)
+    return found
+
+
+def user_case(mode: str, *others: str) -> whole_networks.WholeNetworkCase:
+    return whole_networks.WholeNetworkCase(SMALL, "nhwc", mode, 2, others)
 
 
 @pytest.mark.parametrize("mode", ["inference", "train"])
-def test_a_user_s_network_is_timed_in_four_forms(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = small(mode, monkeypatch).measure(TWO_ROUNDS)
-    assert list(row["variants"]) == ["eager", "eager_se_ext", "compile", "compile_se_ext"]
+def test_a_user_s_network_is_timed_in_every_form(mode: str, compiled: list[dict[str, Any]]) -> None:
+    row = user_case(mode).measure_here(TWO_ROUNDS)
+    assert list(row["variants"]) == ["eager", "eager_se_ext", "compile", "compile_se_ext", "compile_no_se"]
     assert all(len(variant["samples_us"]) == 2 for variant in row["variants"].values())
     assert (row["batch"], row["mode"], row["image_size"], row["layout"]) == (2, mode, 64, "nhwc")
+    # An inference with frozen weights; no call pays for the guards of the other networks.
+    assert compiled == [{"freezing": mode == "inference", "isolate_recompiles": True}] * 3
 
 
 def test_a_user_has_se_ext_s_own_network_or_its_blocks() -> None:
-    assert whole_networks.NAMES == ("efficientnet_b0", "mobilenetv3_large_100", "seresnet50")
     found = {}
     for name in ("seresnet50", SMALL):
         network = networks.timm.create_model(name)
-        ours = whole_networks.user_s(name, network, "nhwc")
-        blocks = [type(module) for module in ours.modules() if isinstance(module, se_ext.SqueezeExcitation)]
-        assert len(blocks) == len(networks.se_blocks(network)) > 5
-        found[name] = type(ours).__module__.split(".")[0]
-    assert found == {"seresnet50": "se_ext", SMALL: "timm"}
+        assert list(whole_networks.user_s(name, network.train(), "nhwc")) == ["", "_se_ext"]
+        forms = whole_networks.user_s(name, network.eval(), "nhwc")
+        assert forms.pop("") is network
+        for change, ours in forms.items():
+            blocks = [type(module) for module in ours.modules() if isinstance(module, se_ext.SqueezeExcitation)]
+            assert len(blocks) == len(networks.se_blocks(network)) > 5
+            found[name + change] = type(ours).__module__.split(".")[0]
+    assert found == {"seresnet50_se_ext": "se_ext", "seresnet50_se_ext_blocks": "timm", f"{SMALL}_se_ext": "timm"}
+    own = [name for name in NETWORK_NAMES if hasattr(se_ext.models, name)]
+    assert own == [OWN_NETWORK]
 
 
-def test_an_inference_is_compiled_with_frozen_weights_and_a_training_step_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    frozen = []
+def test_each_network_is_inferred_at_two_batches_and_trained_at_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "installed", lambda: dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "1.0"))
+    work = BY_NAME["whole_networks"].work("", BY_NAME["whole_networks"].axes, quick=True)
+    assert {name: [str(case) for case in work.cases].count(name) for name in map(str, work.cases)} == {
+        f"{name} nhwc {what}": 1
+        for name in ("efficientnet_b0", "mobilenetv3_large_100", "regnety_008", "seresnet50")
+        for what in ("inference 1 onnxruntime", "inference 8 onnxruntime", "train 8")
+    }
+    assert work.notes == ["openvino is left out, because these are not installed: openvino"]
+    assert work.facts["runtimes"] == {"onnx": "1.0", "onnxscript": "1.0", "onnxruntime": "1.0"}
 
-    def compiled(network: nn.Module) -> nn.Module:
-        frozen.append(torch._inductor.config.freezing)
-        return network
 
-    for mode in ("inference", "train"):
-        case = small(mode, monkeypatch)
-        monkeypatch.setattr(torch, "compile", compiled)
-        case.measure(TWO_ROUNDS)
-    assert frozen == [True, True, False, False]
+def test_a_runtime_without_the_exporter_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "openvino":
+            raise importlib.metadata.PackageNotFoundError
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert runtimes.installed() == {"onnx": "1.0", "onnxscript": "1.0", "onnxruntime": "1.0"}
+    assert runtimes.available({"onnx": "1", "openvino": "1"}) == (
+        (),
+        [
+            "onnxruntime is left out, because these are not installed: onnxscript, onnxruntime",
+            "openvino is left out, because these are not installed: onnxscript",
+        ],
+    )
+
+
+def wrong(network: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        next(p for name, p in network.named_parameters() if "classifier.bias" in name).add_(0.5)
+    return network
 
 
 @pytest.mark.parametrize("mode", ["inference", "train"])
 @pytest.mark.parametrize("which", ["eager", "compile"])
-def test_a_wrong_network_of_a_user_is_never_timed(which: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = small(mode, monkeypatch)
-
-    def wrong(network: nn.Module) -> nn.Module:
-        with torch.no_grad():
-            next(p for name, p in network.named_parameters() if "classifier.bias" in name).add_(0.5)
-        return network
-
+def test_a_wrong_network_of_a_user_is_never_timed(
+    which: str, mode: str, compiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if which == "compile":
-        monkeypatch.setattr(torch, "compile", wrong)
+        monkeypatch.setattr(torch, "compile", lambda network, **_: wrong(network))
     else:
         right = whole_networks.user_s
-        monkeypatch.setattr(whole_networks, "user_s", lambda *given: wrong(right(*given)))
-    with pytest.raises(WrongResult, match="logits off by .* when compiled" if which == "compile" else "logits off by"):
-        case.measure(TWO_ROUNDS)
+        monkeypatch.setattr(
+            whole_networks, "user_s", lambda *given: {c: wrong(net) if c else net for c, net in right(*given).items()}
+        )
+    said = "compile: logits off by .* from eager's" if which == "compile" else "eager_se_ext: logits off by"
+    with pytest.raises(WrongResult, match=said):
+        user_case(mode).measure_here(TWO_ROUNDS)
+
+
+def test_other_runtimes_compute_the_same_and_take_turns(compiled: list[dict[str, Any]]) -> None:
+    row = user_case("inference", "onnxruntime", "openvino").measure_here(TWO_ROUNDS)
+    assert list(row["variants"])[-2:] == ["onnxruntime", "openvino"]
+    assert all(len(variant["samples_us"]) == 2 for variant in row["variants"].values())
+
+
+def test_a_wrong_runtime_is_never_timed(compiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(names: Any, network: nn.Module, images: torch.Tensor) -> dict[str, Any]:
+        other = wrong(copy.deepcopy(network))
+        return {"openvino": lambda: other(images)}
+
+    monkeypatch.setattr(runtimes, "load", load)
+    with pytest.raises(WrongResult, match="openvino: logits off by"):
+        user_case("inference", "openvino").measure_here(TWO_ROUNDS)
+
+
+def test_a_crash_loses_the_other_runtimes_only(compiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has a fresh process; where one ends, the row is measured again without the other runtimes."""
+    processes = []
+
+    def in_environment(name: str, function: Callable[..., Any], plan: Plan) -> dict[str, Any]:
+        case = function.__self__  # type: ignore[attr-defined]
+        processes.append((name, function.__name__, case.runtimes))
+        return allocator_in_environment(name, os._exit, 1) if case.runtimes else {"row": case.name}
+
+    allocator_in_environment = whole_networks.in_environment
+    monkeypatch.setattr(whole_networks, "in_environment", in_environment)
+    work = Work([user_case("inference", "openvino"), user_case("train")])
+    monkeypatch.setattr(whole_networks, "work", lambda *_, **__: work)
+    results = session.run(BY_NAME["whole_networks"], quick=True)
+    assert processes == [("default", "measure_here", others) for others in (("openvino",), (), ())]
+    assert results["rows"] == [{"row": SMALL}] * 2
+    (failed,) = results["failed"]
+    assert failed.startswith(f"{SMALL} nhwc inference 2 openvino: BrokenProcessPool")
