@@ -66,7 +66,8 @@ def lowered(functional: Any, in_place: Any) -> Any:
         input.realize()
         if not isinstance(input.data, ir.StorageBox):
             return functional(input, *others)
-        in_place(input, *others)
+        with torch.no_grad():  # the program runs without gradients; to AOTInductor, weights are still parameters
+            in_place(input, *others)
         return input
 
     return lower

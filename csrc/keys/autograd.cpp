@@ -79,6 +79,8 @@ std::tuple<T...> as_tuple(std::tuple<T...> t) {
 // ---- squeeze, whose gradient is a view ----
 
 struct SqueezeNode : torch::autograd::Function<SqueezeNode> {
+  static constexpr bool is_traceable = true;  // as below
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input) {
     ctx->saved_data["sizes"] = input.sym_sizes();
     return below_autograd<decltype(ops::squeeze)>({input});

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from helpers import DTYPES, assert_moved_alike, device, make_map, make_weights
 from ops import OpCase, Options, cases, differentiable
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
@@ -383,3 +385,41 @@ def test_bad_input_after_good_raises_too() -> None:
     compiled(x, torch.rand(3, C))
     with pytest.raises(RuntimeError, match=r"rescale: expected scale of shape \["):
         compiled(x, torch.rand(3, C + 1))
+
+
+# ---- compiled autograd ----
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("f", [whole_block, three_ops, no_residual], ids=FUNCTIONS)
+def test_compiled_autograd_records_backward_whole(f: Callable, dynamic: bool) -> None:
+    """Of an eager forward: the graph of all of backward holds our backward ops, without a break, and gives eager's
+    bits."""
+    counter = CompileCounterWithBackend("aot_eager")
+    for n, size in [(2, 5), (3, 4)] if dynamic else [(2, 5)]:
+        args = map_and(n, size, channels_last=True, requires_grad=True)
+        grad = torch.randn_like(args[0])
+        args = [*args[:-1], None] if f is no_residual else args
+        ours, eager = leaves(args), leaves(args)
+        with compiled_autograd._enable(torch.compile(backend=counter, fullgraph=True, dynamic=dynamic)):
+            f(*ours).backward(grad)
+        f(*eager).backward(grad)
+        assert_identical(*([a.grad for a in given if a is not None] for given in (ours, eager)))
+    assert counter.frame_count >= 1
+
+
+def test_compiled_autograd_of_a_network() -> None:
+    """A batch norm in training, its running statistics, and a hook on a parameter."""
+    module = se_ext.BatchNormSqueezeExcitation(C, M, post_activation=nn.ReLU)
+    network = nn.Sequential(nn.Conv2d(3, C, 3), module, nn.Conv2d(C, 2, 1))
+    twin = copy.deepcopy(network)
+    for net in (network, twin):
+        net[0].weight.register_hook(lambda grad: 2 * grad)
+    x = torch.randn(2, 3, 8, 8)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        network(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(network.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b)
