@@ -93,7 +93,7 @@ def called_block(se: Any, input: Tensor, residual: Tensor | None) -> Tensor:
     scale = called_excitation(se, input)
     if se.inplace and not torch.is_grad_enabled():
         _ops.rescale_(input, scale, residual, se.post_activation)
-        return input
+        return _ops.written(input)
     return _ops.rescale(input, scale, residual, se.post_activation)
 
 

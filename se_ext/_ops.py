@@ -5,6 +5,7 @@ The two ops with most arguments are called here alone, by functions that take th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -24,6 +25,8 @@ bn_activation_running = torch.ops.se_ext._bn_activation_running.default
 bn_squeeze_excite = torch.ops.se_ext.bn_squeeze_excite
 bn_squeeze_excite_running = torch.ops.se_ext._bn_squeeze_excite_running
 
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
 Excitation = tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]
 """w1, b1, w2, b2"""
 
@@ -39,6 +42,16 @@ Normalization = tuple[
 ]
 """bn_weight, bn_bias, running_mean, running_var, num_batches_tracked (each [C] or None, the last one a count), whether
 to normalise by the statistics of the batch, momentum (None: the average of all batches), eps"""
+
+
+def written(input: Tensor) -> Tensor:
+    """input, into which an op that returns nothing has written. In a TorchScript program it becomes the value of an op:
+    torch.jit.optimize_for_inference moves a convolution in front of what writes its input, unless it takes the value
+    that the write gives."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not _is_tracing():
+            return input
+    return input.transpose_(0, 0)  # changes nothing
 
 
 def squeeze_excite_behind_batch_norm(
