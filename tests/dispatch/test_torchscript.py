@@ -197,6 +197,14 @@ def test_an_error_in_script_is_ours() -> None:
         scripted(make_map((2, C - 1, 5, 4)))
 
 
+def test_without_the_library_the_error_names_an_op(tmp_path: Path) -> None:
+    torch.jit.script(SqueezeExcitation(C, M)).save(tmp_path / "module.pt")
+    command = [sys.executable, "-W", "ignore", "-c", "import sys, torch; torch.jit.load(sys.argv[1])"]
+    done = subprocess.run([*command, tmp_path / "module.pt"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "RuntimeError" in done.stderr
+    assert "Unknown builtin op: se_ext::" in done.stderr
+
+
 # ---- between convolutions ----
 
 
