@@ -25,7 +25,7 @@ bn_activation_running = torch.ops.se_ext._bn_activation_running.default
 bn_squeeze_excite = torch.ops.se_ext.bn_squeeze_excite
 bn_squeeze_excite_running = torch.ops.se_ext._bn_squeeze_excite_running
 
-_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+_is_tracing: Callable[[], bool] = torch._C._is_tracing  # found faster than by torch.jit.is_tracing
 
 Excitation = tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]
 """w1, b1, w2, b2"""
