@@ -58,6 +58,17 @@ def test_inference(name: str, how: str, tmp_path: Path) -> None:
                 assert_near(run(x), network(x), form)
 
 
+def test_a_frozen_trace_holds_no_batch_norm() -> None:
+    """All are folded into the convolutions, and each SE block is one op, the shortcut and the ReLU in it."""
+    program = torch.jit.freeze(torch.jit.trace(NETWORKS["se_ext.models"]().eval(), images()))
+    graph = str(program.inlined_graph)
+    assert "batch_norm" not in graph
+    assert "se_ext::_bn" not in graph
+    assert "se_ext::bn" not in graph
+    assert graph.count("se_ext::squeeze_excite(") == 8
+    assert graph.count("aten::add") == 0
+
+
 @ways
 @networks
 def test_a_training_step(name: str, how: str) -> None:
