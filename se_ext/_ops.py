@@ -45,13 +45,13 @@ to normalise by the statistics of the batch, momentum (None: the average of all 
 
 
 def written(input: Tensor) -> Tensor:
-    """input, into which an op that returns nothing has written. In a TorchScript program it becomes the value of an op:
+    """input, into which an op that returns nothing has written. In a trace it becomes the value of an op:
     torch.jit.optimize_for_inference moves a convolution in front of what writes its input, unless it takes the value
     that the write gives."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if not _is_tracing():
-            return input
-    return input.transpose_(0, 0)  # changes nothing
+        if _is_tracing():
+            return input.transpose_(0, 0)  # changes nothing
+    return input
 
 
 def squeeze_excite_behind_batch_norm(
