@@ -5,7 +5,6 @@ The two ops with most arguments are called here alone, by functions that take th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -24,8 +23,6 @@ bn_activation_running = torch.ops.se_ext._bn_activation_running.default
 # Called by name: TorchScript knows no overloads.
 bn_squeeze_excite = torch.ops.se_ext.bn_squeeze_excite
 bn_squeeze_excite_running = torch.ops.se_ext._bn_squeeze_excite_running
-
-_is_tracing: Callable[[], bool] = torch._C._is_tracing  # found faster than by torch.jit.is_tracing
 
 Excitation = tuple[Tensor, Optional[Tensor], Tensor, Optional[Tensor]]
 """w1, b1, w2, b2"""
@@ -49,7 +46,7 @@ def written(input: Tensor) -> Tensor:
     torch.jit.optimize_for_inference moves a convolution in front of what writes its input, unless it takes the value
     that the write gives."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if _is_tracing():
+        if torch._C._get_tracing_state() is not None:
             return input.transpose_(0, 0)  # changes nothing
     return input
 
