@@ -4,7 +4,7 @@ from ._loader import load as _load
 
 _load()
 
-from . import _C, _flops, _inductor, functional, models, reference  # noqa: E402, F401
+from . import _C, _flops, _inductor, functional, models, onnx, reference  # noqa: E402, F401
 from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
 
@@ -19,6 +19,7 @@ __all__ = [
     "excite",
     "functional",
     "models",
+    "onnx",
     "reference",
     "rescale",
     "squeeze",

@@ -93,7 +93,7 @@ def called_block(se: Any, input: Tensor, residual: Tensor | None) -> Tensor:
     scale = called_excitation(se, input)
     if se.inplace and not torch.is_grad_enabled():
         _ops.rescale_(input, scale, residual, se.post_activation)
-        return input
+        return _ops.written(input)
     return _ops.rescale(input, scale, residual, se.post_activation)
 
 
@@ -106,8 +106,10 @@ def called_excitation(se: Any, input: Tensor) -> Tensor:
 def _call_layer(layer: Any, z: Tensor) -> Tensor:
     """layer(z), on z as a map of one point with the layer's number of dims: [N, C] for an nn.Linear, [N, C, 1, 1] for
     an nn.Conv2d. Float32 weights beside a half-typed map work here as they do in the fused op."""
-    if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        dims = 2 if isinstance(layer, nn.Linear) else 4
+    if isinstance(layer, nn.Conv2d):
+        dims = 4
+    elif hasattr(layer, "in_features"):  # nn.Linear, and what quantisation puts in its place
+        dims = 2
     else:
         weight = getattr(layer, "weight", None)
         dims = weight.dim() if isinstance(weight, Tensor) else 4

@@ -41,6 +41,16 @@ Normalization = tuple[
 to normalise by the statistics of the batch, momentum (None: the average of all batches), eps"""
 
 
+def written(input: Tensor) -> Tensor:
+    """input, into which an op that returns nothing has written. In a trace it becomes the value of an op:
+    torch.jit.optimize_for_inference moves a convolution in front of what writes its input, unless it takes the value
+    that the write gives."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if torch._C._get_tracing_state() is not None:
+            return input.transpose_(0, 0)  # changes nothing
+    return input
+
+
 def squeeze_excite_behind_batch_norm(
     input: Tensor,
     normalization: Normalization,

@@ -174,7 +174,7 @@ def squeeze_excite(
         )
     if inplace:
         torch.ops.se_ext.squeeze_excite_(input, w1, b1, w2, b2, activation, gate, residual, post_activation)
-        return input
+        return _ops.written(input)
     return torch.ops.se_ext.squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation)
 
 

@@ -154,7 +154,8 @@ class SqueezeExcitation(nn.Module):
             if isinstance(input, Tensor) and (input.dim() == 3 or state["dims"] is not None):
                 if _is_unbatched(input, state["input_channels"], state["dims"]):
                     output = self.forward(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0))
-                    return input if state["inplace"] and not torch.is_grad_enabled() else output.squeeze(0)
+                    in_place = state["inplace"] and not torch.is_grad_enabled()
+                    return _ops.written(input) if in_place else output.squeeze(0)
             known: Any = excitation_of(state["_modules"])
             if known is None:
                 return called_block(self, input, residual)
@@ -162,7 +163,7 @@ class SqueezeExcitation(nn.Module):
             activation, gate, post = state["activation"], state["scale_activation"], state["post_activation"]
             if state["inplace"] and not torch.is_grad_enabled():
                 _ops.squeeze_excite_(input, w1, b1, w2, b2, activation, gate, residual, post)
-                return input
+                return _ops.written(input)
             return _ops.squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post)
         unbatched = _is_unbatched(input, self.input_channels, self.dims)
         batch = input
@@ -175,7 +176,7 @@ class SqueezeExcitation(nn.Module):
             batch, *excitation, self.activation, self.scale_activation, residual, self.post_activation, in_place
         )
         if unbatched:
-            return input if in_place else output.squeeze(0)
+            return _ops.written(input) if in_place else output.squeeze(0)
         return output
 
     def _scripted_excitation(self) -> Excitation:

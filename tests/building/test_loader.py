@@ -186,3 +186,25 @@ library.impl("squeeze", lambda input: input.sum((2, 3)), "PrivateUse1")
 """
     done = python(code + IMPORT, cwd=_loader.PACKAGE.parent)
     assert done.stdout.split() == [str(_loader.PACKAGE / "__init__.py"), "3.0"], done.stderr
+
+
+# ---- what the import brings with it ----
+
+NEW_MODULES = """
+import sys, torch
+before = set(sys.modules)
+import se_ext
+assert {"models", "onnx", "functional", "reference"} <= set(vars(se_ext))
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_the_import_is_light() -> None:
+    """Behind torch's own it brings in no module but the package's: no compiler, no exporter, no onnxscript, no timm. So
+    it takes a few milliseconds, whatever is installed."""
+    done = python(NEW_MODULES, cwd=_loader.PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    modules = done.stdout.split()
+    assert "se_ext.onnx" in modules
+    assert "se_ext._onnx" not in modules
+    assert [name for name in modules if name.partition(".")[0] != "se_ext"] == []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 import pytest
 import torch
-from helpers import emulated_cuda, make_map, make_weights
+from helpers import assert_close, emulated_cuda, make_map, make_weights
 from torch import Tensor, nn
 
 import se_ext
@@ -194,3 +195,77 @@ def test_an_error_in_script_is_ours() -> None:
     scripted = torch.jit.script(SqueezeExcitation(C, M))
     with pytest.raises(RuntimeError, match=r"squeeze_excite: expected w1 of shape \[M, 15\] or \[M, 15, 1, 1\], got"):
         scripted(make_map((2, C - 1, 5, 4)))
+
+
+def test_without_the_library_the_error_names_an_op(tmp_path: Path) -> None:
+    torch.jit.script(SqueezeExcitation(C, M)).save(tmp_path / "module.pt")
+    command = [sys.executable, "-W", "ignore", "-c", "import sys, torch; torch.jit.load(sys.argv[1])"]
+    done = subprocess.run([*command, tmp_path / "module.pt"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "RuntimeError" in done.stderr
+    assert "Unknown builtin op: se_ext::" in done.stderr
+
+
+# ---- between convolutions ----
+
+
+class Between(nn.Module):
+    """A block between convolutions, which takes the place of a tensor that is read again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.first, self.block = nn.Conv2d(3, C, 3), block
+        self.second, self.third = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.first(x)
+        y = self.block(u)
+        return self.second(y) + self.third(u) * y
+
+
+class InPlace(nn.Module):
+    """The function in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(C, M), nn.Linear(M, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        return se_ext.squeeze_excite(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, inplace=True)
+
+
+class Called(nn.Linear):
+    """A layer that has to be called."""
+
+
+def with_a_called_layer() -> SqueezeExcitation:
+    block = SqueezeExcitation(C, M, inplace=True)
+    block.add_module("fc1", Called(C, M))
+    return block
+
+
+IN_PLACE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "module": (lambda: SqueezeExcitation(C, M, inplace=True), (2, 3, 12, 11)),
+    "one image": (lambda: SqueezeExcitation(C, M, inplace=True, dims=2), (3, 12, 11)),
+    "function": (InPlace, (2, 3, 12, 11)),
+    "called layer": (with_a_called_layer, (2, 3, 12, 11)),
+}
+
+
+# Not scripted: a module whose layer is called is refused, and optimize_for_inference takes no image without a batch.
+SCRIPTED = [(name, "script") for name in ("module", "function")]
+
+
+@pytest.mark.parametrize(("name", "how"), [*SCRIPTED, *((name, "trace") for name in IN_PLACE)])
+def test_what_is_written_in_place_is_read_afterwards(name: str, how: str) -> None:
+    """optimize_for_inference moves convolutions; not in front of the op that writes their input."""
+    make, shape = IN_PLACE[name]
+    network, x = Between(make()).eval(), torch.randn(shape)
+    with torch.no_grad():
+        program = torch.jit.script(network) if how == "script" else torch.jit.trace(network, x)
+        expected = network(x)
+        for form in (program, torch.jit.freeze(program), torch.jit.optimize_for_inference(program)):
+            assert_close(form(x), expected.double(), torch.float32, 9 * C)
+            assert_close(form(x), expected.double(), torch.float32, 9 * C)
+        y = make_map((2, C, 5, 4)) if len(shape) == 4 else make_map((1, C, 5, 4))[0]
+        assert network.block(y).data_ptr() == y.data_ptr()
