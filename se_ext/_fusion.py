@@ -60,6 +60,8 @@ def tail(
         if normalization is not None:
             u, pre_activation = _FUNCTIONS[pre_activation](u), "identity"
         drop_scale, residual = branches() if callable(branches) else branches
+        if pre_activation == "identity" and drop_scale is None:
+            return _ops.squeeze_excite(u, *excitation, activation, gate, residual, post_activation)
         return _ops.squeeze_excite_behind_activation(
             u, None, excitation, pre_activation, activation, gate, residual, post_activation, drop_scale
         )

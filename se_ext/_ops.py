@@ -101,10 +101,8 @@ def squeeze_excite_behind_activation(
     drop_scale: Optional[Tensor],
 ) -> Tensor:
     """squeeze_excite of pre_activation(input + pre_bias), with a drop_scale [N]: the op of the batch norm, without its
-    statistics and with pre_bias as its bias; or the plain block where there is none of them."""
+    statistics and with pre_bias as its bias."""
     w1, b1, w2, b2 = excitation
-    if pre_bias is None and pre_activation == "identity" and drop_scale is None:
-        return torch.ops.se_ext.squeeze_excite(input, w1, b1, w2, b2, activation, gate, residual, post_activation)
     output, _, _ = bn_squeeze_excite(
         input,
         None,
