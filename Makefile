@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEPS := $(VENV)/.dependencies
 BUILD := $(VENV)/.built
 CPP := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SOURCES := setup.py setup_compile.py setup_cuda.py pyproject.toml $(filter csrc/%,$(CPP))
+SOURCES := setup.py setup_compile.py setup_cuda.py pyproject.toml csrc/instruction_sets.txt $(wildcard cmake/*.in) $(filter csrc/%,$(CPP))
 
 .PHONY: help demo test test-isa emulated cuda-check cuda-host gpu-check bench readme lint format clean
 
@@ -57,7 +57,7 @@ format: $(DEPS)  ## rewrite the sources in the project's format
 	$(BIN)/clang-format -i $(CPP)
 
 clean:  ## remove what make made, the virtual environment included
-	rm -rf $(VENV) build demo_out *.egg-info se_ext/*.so se_ext/_build.py
+	rm -rf $(VENV) build demo_out *.egg-info se_ext/*.so se_ext/_build.py se_ext/cmake
 
 $(DEPS): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -61,10 +61,11 @@ def test_the_source_distribution_holds_all_that_a_build_reads(tmp_path: Path) ->
     with tarfile.open(archive) as tar:
         held = {Path(*Path(member.name).parts[1:]).as_posix() for member in tar if member.isfile()}
 
-    sources = [*ROOT.glob("csrc/**/*"), *ROOT.glob("se_ext/*.py"), *ROOT.glob("se_ext/*.pyi"), *ROOT.glob("setup*.py")]
+    patterns = ("csrc/**/*", "cmake/*", "se_ext/*.py", "se_ext/*.pyi", "setup*.py")
+    sources = [file for pattern in patterns for file in ROOT.glob(pattern)]
     wanted = {file.relative_to(ROOT).as_posix() for file in sources if file.is_file()} - {"se_ext/_build.py"}
-    wanted |= {"pyproject.toml", "LICENSE", "README.md", "se_ext/py.typed"}
-    assert {"setup_cuda.py", "csrc/params.h", "csrc/cuda/kernels/cluster.cu"} <= wanted
+    wanted |= {"pyproject.toml", "LICENSE", "README.md", "CMakeLists.txt", "se_ext/py.typed"}
+    assert {"setup_cuda.py", "csrc/params.h", "csrc/cuda/kernels/cluster.cu", "csrc/instruction_sets.txt"} <= wanted
     assert wanted <= held, sorted(wanted - held)
     beyond = {name for name in held - wanted if not name.startswith("se_ext.egg-info/")}
     assert beyond <= {"MANIFEST.in", "PKG-INFO", "setup.cfg"}, beyond
