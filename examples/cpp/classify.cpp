@@ -70,6 +70,9 @@ int main(int count, char** arguments) {
   }
   try {
     classify(arguments[1], arguments[2], count == 4 ? arguments[3] : "");
+  } catch (const c10::Error& error) {
+    std::fprintf(stderr, "%s\n", error.what_without_backtrace());
+    return 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
