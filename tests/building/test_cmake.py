@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,39 +101,68 @@ def test_the_architectures_are_those_of_setup_cuda() -> None:
     assert default == ";".join([*real, last.removesuffix("-real")])
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Source below csrc → the words of the command with which a CMake build of everything compiles it."""
-    folder = tmp_path_factory.mktemp("configured")
-    done = configure("-B", folder, TORCH, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
+def compile_commands(folder: Path, *options: str) -> dict[str, list[str]]:
+    """Source below csrc → the words of the command with which CMake, configured in the folder, compiles it."""
+    done = configure("-B", folder, TORCH, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", *options)
     assert done.returncode == 0, done.stdout
     entries = json.loads((folder / "compile_commands.json").read_text())
     files = {Path(entry["file"]): shlex.split(entry["command"]) for entry in entries}
-    return {
-        file.relative_to(ROOT / "csrc").as_posix(): words
-        for file, words in files.items()
-        if ROOT / "csrc" in file.parents
-    }
+    csrc = ROOT / "csrc"
+    return {file.relative_to(csrc).as_posix(): words for file, words in files.items() if csrc in file.parents}
+
+
+def sources(pattern: str) -> set[str]:
+    """Below csrc, but for the bindings for Python."""
+    csrc = ROOT / "csrc"
+    return {file.relative_to(csrc).as_posix() for file in csrc.glob(pattern) if file.name != "bindings.cpp"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return compile_commands(tmp_path_factory.mktemp("configured"))
 
 
 @pytest.mark.slow
 def test_cmake_compiles_the_same_sources(compiled: dict[str, list[str]]) -> None:
-    """All but the bindings for Python and csrc/cuda, which has an option; of the kernels those of this processor."""
-    sources = {file.relative_to(ROOT / "csrc").as_posix() for file in ROOT.glob("csrc/**/*.cpp")}
+    """All but csrc/cuda, which has an option; of the kernels those of this processor."""
     kernels = {f"cpu/kernels/{name}.cpp" for name in SETS}
-    left_out = {name for name in sources if re.match(r"bindings\.cpp|cuda/|cpu/kernels/", name)}
-    assert set(compiled) == sources - left_out | kernels
+    assert set(compiled) == sources("**/*.cpp") - sources("cuda/*.cpp") - sources("cpu/kernels/*.cpp") | kernels
 
 
 @pytest.mark.slow
 def test_cmake_compiles_the_kernels_with_the_same_flags(compiled: dict[str, list[str]], tmp_path: Path) -> None:
-    """But for what says where files are, and what Python's own build adds to all extensions."""
+    """But for those that Python was built with, which it adds to all extensions."""
     printed = build_kernels(tmp_path, "-v").stdout
+    pythons = set(shlex.split(" ".join(map(str, sysconfig.get_config_vars("CFLAGS", "CCSHARED")))))
     for name in SETS:
         [theirs] = re.findall(rf".* -c csrc/cpu/kernels/{name}\.cpp .*", printed)
-        own = re.compile(r"-(std=|O3$|m|fPIC|fvisibility|Wno|Wextra|DNDEBUG)")
-        flags = {word for word in shlex.split(theirs) if own.match(word)} | {"-DNDEBUG"}
-        assert {word for word in compiled[f"cpu/kernels/{name}.cpp"] if own.match(word)} == flags
+        flags, expected = (
+            {word for word in words if re.match(r"-(std=|O|m|f|W)", word)}
+            for words in (compiled[f"cpu/kernels/{name}.cpp"], shlex.split(theirs))
+        )
+        assert flags <= expected
+        assert expected - flags <= pythons
+
+
+@pytest.mark.slow
+def test_cmake_compiles_cuda_as_setup_cuda_does(tmp_path: Path) -> None:
+    toolkit = setup_cuda.find_toolkit()
+    if toolkit is None:
+        pytest.skip("no nvcc")
+    compiled = compile_commands(
+        tmp_path, "-DSE_EXT_CUDA=ON", "-DSE_EXT_CUDA_ARCHITECTURES=80-real;90", f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}"
+    )
+    kernels = sources("cuda/kernels/*.cu")
+    assert {name for name in compiled if name.startswith("cuda/")} == sources("cuda/*.cpp") | kernels
+    assert "no_cuda.cpp" not in compiled
+    assert any("8.0 9.0+PTX" in word for word in compiled["cuda/info.cpp"])
+
+    host = [f"-Xcompiler={flag}" for flag in setup_cuda.HOST_FLAGS.removeprefix("-Xcompiler=").split(",")]
+    flags = [flag for flag in setup_cuda.NVCC_FLAGS if not flag.startswith("-I") and flag != setup_cuda.HOST_FLAGS]
+    for name in kernels:
+        assert {*flags, *host} <= set(compiled[name])
+        architectures = [word.split("=", 1)[1] for word in compiled[name] if word.startswith("--generate-code")]
+        assert architectures == ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[compute_90,sm_90]"]
 
 
 @pytest.mark.slow
