@@ -158,7 +158,9 @@ void openmp() {
 
 // Those that the build was asked for and this CPU can run; and the widest of them is used.
 void instruction_sets() {
-  std::istringstream built(std::getenv("BUILT"));
+  const char* names = std::getenv("BUILT");
+  expect(names, "BUILT says which instruction sets were built; ctest sets it");
+  std::istringstream built(names);
   const std::set<std::string> asked{std::istream_iterator<std::string>(built), {}};
   const auto found = se_ext::cpu_capabilities();
   for (const std::string& name : found) expect(asked.count(name) == 1, name + " was not asked for");
@@ -179,8 +181,13 @@ const std::map<std::string, std::function<void()>> kCases{
 }  // namespace
 
 int main(int count, char** arguments) {
+  const auto found = kCases.find(count == 2 ? arguments[1] : "");
+  if (found == kCases.end()) {
+    std::fprintf(stderr, "usage: ops_test CASE, where tests/cpp/CMakeLists.txt lists the cases\n");
+    return 2;
+  }
   try {
-    kCases.at(count == 2 ? arguments[1] : "")();
+    found->second();
   } catch (const std::exception& failure) {
     std::fprintf(stderr, "%s\n", failure.what());
     return 1;
