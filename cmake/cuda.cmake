@@ -11,6 +11,7 @@ macro(se_ext_enable_cuda)
                         "name one with -DCMAKE_CUDA_COMPILER=/path/to/nvcc, or build with SE_EXT_CUDA=OFF")
   endif()
   enable_language(CUDA)
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20) # unknown to CMake 3.25
   find_package(CUDAToolkit REQUIRED)
   unset(CMAKE_CUDA_ARCHITECTURES) # torch's configuration warns where it is set
   unset(CMAKE_CUDA_ARCHITECTURES CACHE)
@@ -20,8 +21,8 @@ endmacro()
 # Adds csrc/cuda to the library.
 function(se_ext_add_cuda)
   set(CMAKE_CUDA_FLAGS "${cuda_flags}")
-  set(CMAKE_CXX_STANDARD) # which is taken for CUDA too, and which CMake 3.25 does not know as a standard of nvcc
-  set(CMAKE_CUDA_STANDARD)
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_EXTENSIONS OFF)
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 
   # Without -fmad=false, nvcc would fuse multiplications and additions where the source does not.
@@ -29,7 +30,7 @@ function(se_ext_add_cuda)
   add_library(se_ext_cuda OBJECT ${kernels})
   set_target_properties(se_ext_cuda PROPERTIES CUDA_ARCHITECTURES "${SE_EXT_CUDA_ARCHITECTURES}")
   target_include_directories(se_ext_cuda PRIVATE csrc csrc/cuda/kernels)
-  target_compile_options(se_ext_cuda PRIVATE -std=c++20 -O3 -fmad=false -Xfatbin=-compress-all -Xcompiler=-Wall)
+  target_compile_options(se_ext_cuda PRIVATE -O3 -fmad=false -Xfatbin=-compress-all -Xcompiler=-Wall)
 
   file(GLOB adapters CONFIGURE_DEPENDS csrc/cuda/*.cpp)
   target_sources(se_ext PRIVATE ${adapters} $<TARGET_OBJECTS:se_ext_cuda>)

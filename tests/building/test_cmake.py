@@ -161,6 +161,7 @@ def test_cmake_compiles_cuda_as_setup_cuda_does(tmp_path: Path) -> None:
     flags = [flag for flag in setup_cuda.NVCC_FLAGS if not flag.startswith("-I") and flag != setup_cuda.HOST_FLAGS]
     for name in kernels:
         assert {*flags, *host} <= set(compiled[name])
+        assert [word for word in compiled[name] if word.startswith("-std=")] == ["-std=c++20"]
         architectures = [word.split("=", 1)[1] for word in compiled[name] if word.startswith("--generate-code")]
         assert architectures == ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[compute_90,sm_90]"]
 
