@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEPS := $(VENV)/.dependencies
 BUILD := $(VENV)/.built
-CPP := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SOURCES := setup.py setup_compile.py setup_cuda.py pyproject.toml $(filter csrc/%,$(CPP))
+CPP := $(shell find csrc tests/cuda_host tests/cpp examples/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py setup_compile.py setup_cuda.py pyproject.toml csrc/instruction_sets.txt $(wildcard cmake/*.in) $(filter csrc/%,$(CPP))
 
-.PHONY: help demo test test-isa emulated cuda-check cuda-host gpu-check bench readme lint format clean
+.PHONY: help demo test test-isa emulated cpp cuda-check cuda-host gpu-check bench readme lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,6 +26,9 @@ test-isa: $(BUILD)  ## the tests of the kernels again, on every narrower instruc
 
 emulated: $(BUILD)  ## every op on emulated older CPUs, against illegal instructions; needs qemu-x86_64 (qemu-user)
 	SE_EXT_SLOW=1 SE_EXT_REQUIRE_QEMU=1 $(BIN)/python -m pytest tests/building/test_emulated.py $(ARGS)
+
+cpp: $(BUILD)  ## C++ programs: the library built by CMake, its C++ tests, and the example; needs cmake and libjpeg
+	SE_EXT_SLOW=1 SE_EXT_REQUIRE_CMAKE=1 $(BIN)/python -m pytest tests/building/test_cmake.py $(ARGS)
 
 cuda-check: $(BUILD)  ## the CUDA build without a GPU: compiled, linked, and what nvcc made of the kernels; needs nvcc
 	$(BIN)/python tests/cuda_check.py $(ARGS)
@@ -57,7 +60,7 @@ format: $(DEPS)  ## rewrite the sources in the project's format
 	$(BIN)/clang-format -i $(CPP)
 
 clean:  ## remove what make made, the virtual environment included
-	rm -rf $(VENV) build demo_out *.egg-info se_ext/*.so se_ext/_build.py
+	rm -rf $(VENV) build demo_out *.egg-info se_ext/*.so se_ext/_build.py se_ext/cmake
 
 $(DEPS): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -47,10 +47,6 @@ OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 # GCC warns of its own AVX-512 headers (-Wmaybe-uninitialized), and notes that vector arguments changed their ABI
 # between versions (-Wpsabi), which inlined functions don't use.
 KERNEL_FLAGS = ["-std=c++20", "-fPIC", *OPTIMISE, "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-INSTRUCTION_SETS = {"baseline": []}
-if IS_X86:
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 
 
 def headers() -> list[str]:
@@ -61,6 +57,13 @@ def sources(*folders: str) -> list[str]:
     return sorted(str(p) for folder in folders for p in (CSRC / folder).glob("*.cpp") if p.name != "bindings.cpp")
 
 
+def instruction_sets() -> dict[str, list[str]]:
+    """Name → flags, of the sets for this processor."""
+    lines = [line.split() for line in (CSRC / "instruction_sets.txt").read_text().splitlines()]
+    here = ("any", "x86_64") if IS_X86 else ("any",)
+    return {name: flags for processor, name, *flags in lines if processor in here}
+
+
 def kernel_library(name: str, flags: list[str]) -> tuple[str, dict]:
     source = str(CSRC / "cpu" / "kernels" / f"{name}.cpp")
     kernel_headers = [h for h in headers() if "cpu/kernels" in h or h.endswith(("params.h", "ops/activation.h"))]
@@ -69,6 +72,15 @@ def kernel_library(name: str, flags: list[str]) -> tuple[str, dict]:
         "obj_deps": {source: kernel_headers},
         "cflags": [*KERNEL_FLAGS, *flags],
     }
+
+
+def write_cmake_package(folder: Path, version: str) -> None:
+    """What find_package(se_ext) reads, with which CMakeLists.txt does the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for template in Path("cmake").glob("*.in"):
+        text = template.read_text().replace("@SE_EXT_VERSION@", version)
+        text = text.replace("@SE_EXT_TORCH_VERSION@", torch.__version__.split("+")[0])
+        (folder / template.stem).write_text(text)
 
 
 class BuildKernels(build_clib):
@@ -93,7 +105,8 @@ class BuildKernels(build_clib):
 
 
 class Build(BuildExtension):
-    """Builds the kernels first, links _C against libse_ext, and records the torch version built against."""
+    """Builds the kernels first, links _C against libse_ext, and writes what is known of the build: the torch version,
+    and the package for CMake."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -114,6 +127,7 @@ class Build(BuildExtension):
         for package in packages:
             package.mkdir(parents=True, exist_ok=True)
             (package / "_build.py").write_text(f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n')
+            write_cmake_package(package / "cmake" / "se_ext", self.distribution.get_version())
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "se_ext._C":
@@ -172,7 +186,7 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    libraries=[kernel_library(name, flags) for name, flags in INSTRUCTION_SETS.items()],
+    libraries=[kernel_library(name, flags) for name, flags in instruction_sets().items()],
     ext_modules=extensions(),
     cmdclass={"build_ext": Build, "build_clib": BuildKernels},
 )

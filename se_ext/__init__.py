@@ -1,5 +1,7 @@
 """se_ext: Squeeze-and-Excitation for PyTorch, as fused ops that train."""
 
+from ._loader import LIBRARY as _LIBRARY
+from ._loader import PACKAGE as _PACKAGE
 from ._loader import load as _load
 
 _load()
@@ -12,12 +14,20 @@ _flops.register()
 _inductor.register()
 
 __version__ = "0.1.0"
+
+# For C++ programs: the library that registers the ops, for dlopen, and the folder with the package for CMake:
+# find_package(se_ext) where CMAKE_PREFIX_PATH has it.
+library_path: str = str(_LIBRARY)
+cmake_prefix_path: str = str(_PACKAGE / "cmake")
+
 __all__ = [
     "BatchNormSqueezeExcitation",
     "SqueezeExcitation",
     "bn_squeeze_excite",
+    "cmake_prefix_path",
     "excite",
     "functional",
+    "library_path",
     "models",
     "onnx",
     "reference",

@@ -21,13 +21,15 @@ bool always() {
   return true;
 }
 
-// Narrowest first. setup.py builds the same list for the processor it runs on.
+// Those of csrc/instruction_sets.txt. A build by CMake may leave out all but the baseline.
 const Capability kCapabilities[] = {
     {"baseline", always, baseline::table},
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SE_EXT_WITHOUT_AVX2)
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      avx2::table},
+#endif
+#if defined(__x86_64__) && !defined(SE_EXT_WITHOUT_AVX512)
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

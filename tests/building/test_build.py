@@ -15,6 +15,7 @@ import sysconfig
 import tarfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,31 @@ def test_the_source_distribution_holds_all_that_a_build_reads(tmp_path: Path) ->
     with tarfile.open(archive) as tar:
         held = {Path(*Path(member.name).parts[1:]).as_posix() for member in tar if member.isfile()}
 
-    sources = [*ROOT.glob("csrc/**/*"), *ROOT.glob("se_ext/*.py"), *ROOT.glob("se_ext/*.pyi"), *ROOT.glob("setup*.py")]
+    patterns = ("csrc/**/*", "cmake/*", "se_ext/*.py", "se_ext/*.pyi", "setup*.py")
+    sources = [file for pattern in patterns for file in ROOT.glob(pattern)]
     wanted = {file.relative_to(ROOT).as_posix() for file in sources if file.is_file()} - {"se_ext/_build.py"}
-    wanted |= {"pyproject.toml", "LICENSE", "README.md", "se_ext/py.typed"}
-    assert {"setup_cuda.py", "csrc/params.h", "csrc/cuda/kernels/cluster.cu"} <= wanted
+    wanted |= {"pyproject.toml", "LICENSE", "README.md", "CMakeLists.txt", "se_ext/py.typed"}
+    assert {"setup_cuda.py", "csrc/params.h", "csrc/cuda/kernels/cluster.cu", "csrc/instruction_sets.txt"} <= wanted
     assert wanted <= held, sorted(wanted - held)
     beyond = {name for name in held - wanted if not name.startswith("se_ext.egg-info/")}
     assert beyond <= {"MANIFEST.in", "PKG-INFO", "setup.cfg"}, beyond
+
+
+def test_a_wheel_holds_what_a_build_writes(tmp_path: Path) -> None:
+    """The libraries, the torch version, and the package for CMake; built by a compiler that writes empty files."""
+    script = 'while test $# -gt 0; do test "$1 $2" != "-o -" && test "$1" = -o && : > "$2"; shift; done; true'
+    compiler = made_up_compiler(tmp_path / "made-up-compiler", script)
+    done = python(
+        "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, "build", "--build-base", tmp_path / "build",
+        "bdist_wheel", "--skip-build", "--dist-dir", tmp_path, "--bdist-dir", tmp_path / "wheel",
+        CC=compiler, CXX=compiler, FORCE_CUDA="0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    [wheel] = tmp_path.glob("*.whl")
+    written = {"libse_ext.so", "_C.so", "_build.py"}
+    written |= {"cmake/se_ext/se_extConfig.cmake", "cmake/se_ext/se_extConfigVersion.cmake"}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {f"se_ext/{name}" for name in written} <= set(archive.namelist())
 
 
 # ---- what is missing ----
