@@ -30,18 +30,18 @@ def random_statistics(network: nn.Module) -> nn.Module:
     return network
 
 
-def replace_blocks(network: nn.Module) -> nn.Module:
+def replace_blocks(network: nn.Module, inplace: bool = False) -> nn.Module:
     """The network, every SE block of it replaced by ours with its weights."""
     for parent in list(network.modules()):
         for name, block in list(parent.named_children()):
             if type(block).__name__ in LAYERS:
-                setattr(parent, name, our_block(block).train(block.training))
+                setattr(parent, name, our_block(block, inplace).train(block.training))
     assert any(isinstance(module, SqueezeExcitation) for module in network.modules())
     return network
 
 
-def our_block(block: nn.Module) -> SqueezeExcitation:
+def our_block(block: nn.Module, inplace: bool) -> SqueezeExcitation:
     layer, activation = (getattr(block, name) for name in LAYERS[type(block).__name__])
-    ours = SqueezeExcitation(layer.in_channels, layer.out_channels, activation, block.gate)
+    ours = SqueezeExcitation(layer.in_channels, layer.out_channels, activation, block.gate, inplace=inplace)
     ours.load_state_dict(block.state_dict())
     return ours

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import package
+from timm_networks import replace_blocks, timm_network
 from torch import Tensor, nn
 
 import se_ext
@@ -205,33 +205,10 @@ def test_compiled_training(name: str, dynamic: bool, channels_last: bool) -> Non
 def test_a_network_of_timm_with_blocks_in_place(name: str, freezing: bool, restore_threads: None) -> None:
     """Its own blocks replaced by ours, inplace=True, compiled: the logits are the original's."""
     torch.set_num_threads(1)
-    package("torchvision_shim")  # timm imports torchvision
-    network = package("timm").create_model(name, num_classes=10).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    network = timm_network(name)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
         expected = copy.deepcopy(network).double()(x.double())
-        assert replace_blocks(network) >= 9
+        network = replace_blocks(network, inplace=True)
         assert_near(network(x), expected, "eager", 2e-4)
         assert_near(torch.compile(network)(x), expected, "compiled", 2e-4)
-
-
-def replace_blocks(network: nn.Module, inplace: bool = True) -> int:
-    """Those of a network of timm, by ours; how many there are."""
-    replaced = 0
-    for parent in list(network.modules()):
-        for key, block in list(parent.named_children()):
-            if type(block).__name__ != "SqueezeExcite":
-                continue
-            reduce, expand = block.conv_reduce, block.conv_expand
-            gate = {"Sigmoid": "sigmoid", "Hardsigmoid": "hardsigmoid"}[type(block.gate).__name__]
-            activation = {"SiLU": "silu", "ReLU": "relu"}[type(block.act1).__name__]
-            ours = se_ext.SqueezeExcitation(reduce.in_channels, reduce.out_channels, activation, gate, inplace=inplace)
-            ours.fc1.load_state_dict(reduce.state_dict())
-            ours.fc2.load_state_dict(expand.state_dict())
-            setattr(parent, key, ours.eval())
-            replaced += 1
-    return replaced
