@@ -1,5 +1,6 @@
 // The in-place ops for compilers and exporters, which trace programs without mutation: the functional op, and a copy
-// into the input that functionalisation understands. The traced graph holds the functional op alone.
+// into the input that functionalisation understands. The traced graph holds the functional op alone; which of them
+// Inductor makes in-place ops again, where the input is dead, is told it by se_ext/_inductor.py.
 //
 // Without these kernels torch makes the ops functional by itself, and its compiler decides where a copy of the input is
 // needed. Inductor (2.13, frozen convolutions) takes that copy by the strides that tracing saw, after it has changed
