@@ -188,6 +188,17 @@ def test_strides_of_unusual_maps(layout: str) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("channels_last", [(True, False, False), (False, True, True), (True, True, False)])
+def test_maps_of_one_op_may_differ_in_layout(channels_last: tuple[bool, bool, bool], backend: str) -> None:
+    """input, residual and the output's gradient, each contiguous or channels_last: a compiler may choose them apart."""
+    shape = (2, C, 5, 6)
+    x, residual, grad = (make_map(shape, channels_last=last) for last in channels_last)
+    args = [x.requires_grad_(), *make_weights(C, M, requires_grad=True), residual.requires_grad_()]
+    compiled = torch.compile(whole_block, fullgraph=True, backend=backend)
+    assert_identical(run(compiled, args, grad), run(whole_block, args, grad))
+
+
 # ---- what is in the graphs ----
 
 
