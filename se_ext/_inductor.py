@@ -29,43 +29,37 @@ def add_pairs(reinplace: Any) -> None:
     from torch._inductor import lowering
 
     for functional, in_place in IN_PLACE.items():
-        pair = reinplace.InplaceableOp(in_place, 0, extra_check=writes_a_whole_tensor)
+        pair = reinplace.InplaceableOp(in_place, 0, extra_check=may_write)
         reinplace.inplaceable_ops[functional] = pair
         call: Any = lowering.fallback_handler
         register: Any = lowering.register_lowering(in_place, type_promotion_kind=None)
-        register(lowered(call(functional), call(in_place)))
+        register(lowered(call(functional), call(in_place), lowering.lowerings[torch.ops.aten.copy_.default]))
 
 
-def writes_a_whole_tensor(node: Any) -> bool:
-    """Whether the input of a functional op is a tensor of its own (no view, no gaps, no element twice) in the output's
-    strides, and none of the op's other arguments shares its memory."""
+def may_write(node: Any) -> bool:
+    """Whether the input of a functional op is no view, its strides are the output's, and no other argument shares its
+    memory. (Who else reads that memory is for the pass to find out.)"""
     from torch._inductor.fx_utils import get_node_storage
     from torch.fx.passes.reinplace import _is_view_op
 
-    mutated, *others = node.args
-    given, output = mutated.meta["val"], node.meta["val"]
-    storage = get_node_storage(mutated)
+    written, *others = node.args
+    storage = get_node_storage(written)
     return (
-        not _is_view_op(mutated.target)
-        and torch._prims_common.is_non_overlapping_and_dense_or_false(given)
-        and torch.fx.experimental.symbolic_shapes.statically_known_true(
-            given.numel() * given.element_size() == given.untyped_storage().nbytes()
-        )
-        and given.stride() == output.stride()
+        not _is_view_op(written.target)
+        and written.meta["val"].stride() == node.meta["val"].stride()
         and not any(isinstance(other, torch.fx.Node) and get_node_storage(other) == storage for other in others)
     )
 
 
-def lowered(functional: Any, in_place: Any) -> Any:
-    """What the op in place becomes in Inductor's program. Its value is its input, changed; of an input that is no
-    buffer (a view, which Inductor might copy first) it is what the functional op returns."""
+def lowered(functional: Any, in_place: Any, copy_: Any) -> Any:
+    """What the op in place becomes in Inductor's program; its value is its input, changed."""
 
     def lower(input: Any, *others: Any) -> Any:
         from torch._inductor import ir
 
         input.realize()
-        if not isinstance(input.data, ir.StorageBox):
-            return functional(input, *others)
+        if not isinstance(input.data, ir.StorageBox):  # a view of a buffer, which an op might get as a copy
+            return copy_(input, functional(input, *others))
         with torch.no_grad():  # the program runs without gradients; to AOTInductor, weights are still parameters
             in_place(input, *others)
         return input
