@@ -74,7 +74,8 @@ WHOLE_NETWORKS = ROUNDS + (
 )
 IMPORTS = (
     "Each import is timed in a fresh process that has imported torch before; one that is not counted comes first, and "
-    "leaves the files in memory and the bytecode on disk, as an installation does. other_cpu_share is the part of all CPU time that other programs used."
+    "leaves the files in memory and the bytecode on disk, as an installation does. other_cpu_share is the part of all "
+    "CPU time that other programs used."
 )
 LARGE_INPUTS = ROUNDS + (
     "Every row is measured in a fresh process with its environment, because glibc and torch read their settings at "

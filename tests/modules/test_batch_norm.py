@@ -231,15 +231,22 @@ def test_compile_is_one_graph(module, training, dynamic):
 
 @modes
 def test_export(module, training):
+    """In training one op, which gives eager's bits; in evaluation an ordinary batch norm, for compilers to fold."""
     module.train(training)
     given = tuple(t.detach() for t in arguments(module))
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(module, given, dynamic_shapes=tuple({0: batch} for _ in given), strict=True)
     more = tuple(torch.cat([t, t]) for t in given)
     state = {key: value.clone() for key, value in module.state_dict().items()}
-    assert torch.equal(program.module()(*more), module(*more))
+    ours = program.module()(*more)
+    if training:
+        assert torch.equal(ours, module(*more))
+    else:
+        torch.testing.assert_close(ours, module(*more))
     module.load_state_dict(state)
-    assert sum("se_ext._bn" in str(node.target) for node in program.graph.nodes) == 1
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum("se_ext._bn" in target for target in targets) == training
+    assert sum("aten.batch_norm" in target for target in targets) == (not training)
 
 
 @modes
