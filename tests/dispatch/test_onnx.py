@@ -22,10 +22,8 @@ from torch.export import Dim
 
 import se_ext
 
-pytestmark = [
-    pytest.mark.cpu_only,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [pytest.mark.cpu_only, quiet]
 
 C, M = 16, 4
 LAYOUTS = [((37,), False), ((5, 7), False), ((3, 4, 3), False)]  # 1 to 3 spatial dims; ONNX has no strides

@@ -19,11 +19,9 @@ from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 import se_ext
 from se_ext import SqueezeExcitation
 
-pytestmark = [
-    pytest.mark.cpu_only,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.usefixtures("restore_threads"),
-]
+quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+threads_restored = pytest.mark.usefixtures("restore_threads")
+pytestmark = [pytest.mark.cpu_only, quiet, threads_restored]
 
 NAMES = ["seresnet18", "efficientnet_b0", "mobilenetv3_small_100"]
 networks = pytest.mark.parametrize("name", NAMES)

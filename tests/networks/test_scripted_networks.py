@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from se_ext import models
 
-pytestmark = [
-    pytest.mark.cpu_only,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"),
-    pytest.mark.usefixtures("restore_threads"),
-]
+quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+threads_restored = pytest.mark.usefixtures("restore_threads")
+pytestmark = [pytest.mark.cpu_only, quiet, threads_restored]
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "se_ext.models": lambda: random_statistics(models.seresnet18(num_classes=10)),
