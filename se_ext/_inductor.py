@@ -37,17 +37,26 @@ def add_pairs(reinplace: Any) -> None:
 
 
 def may_write(node: Any) -> bool:
-    """Whether the input of a functional op is no view, its strides are the output's, and no other argument shares its
-    memory. (Who else reads that memory is for the pass to find out.)"""
+    """Whether a functional op may write into its input, as far as the pass does not find out who else reads it.
+
+    Its input is no view and has the strides of the output, and no other argument shares its memory. Memory that the
+    caller gave is written only where the output is nothing but copied into it: else the caller might get an output that
+    is the same memory, where the functional op gives a tensor of its own.
+    """
     from torch._inductor.fx_utils import get_node_storage
     from torch.fx.passes.reinplace import _is_view_op
 
     written, *others = node.args
-    storage = get_node_storage(written)
+    memory = get_node_storage(written)
+    given = [other for other in node.graph.nodes if other.op in ("placeholder", "get_attr")]
     return (
         not _is_view_op(written.target)
         and written.meta["val"].stride() == node.meta["val"].stride()
-        and not any(isinstance(other, torch.fx.Node) and get_node_storage(other) == storage for other in others)
+        and not any(isinstance(other, torch.fx.Node) and get_node_storage(other) == memory for other in others)
+        and (
+            all(get_node_storage(other) != memory for other in given)
+            or all(user.target is torch.ops.aten.copy_.default for user in node.users)
+        )
     )
 
 

@@ -243,6 +243,51 @@ def test_an_input_that_is_to_be_written_is_written(name: str) -> None:
     assert torch.equal(x, eager)
 
 
+RETURNED = ["itself", "view", "reshape", "unsafe view", "half of the batch"]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_is_returned_shares_no_memory_with_what_the_caller_holds(name: str, blocks: int) -> None:
+    """A result that is copied into the input and returned as well is a tensor of its own, as in eager mode."""
+    network, view = Between(lambda m, u, conv: u), VIEWS[name]
+
+    def f(x: Tensor) -> Tensor:
+        y = x
+        for _ in range(blocks):
+            y = block(network, y)
+        x.copy_(y)
+        return view(y)
+
+    x = torch.randn(2, C, 8, 8)
+    with torch.no_grad():
+        expected = f(x.clone())
+        y = torch.compile(f, fullgraph=True)(x)
+        assert torch.equal(y, expected)
+        before = x.clone()
+        y.zero_()
+    assert torch.equal(x, before)
+
+
+def test_a_block_in_place_by_itself_writes_into_its_input() -> None:
+    module, x = se_ext.SqueezeExcitation(C, M, inplace=True), torch.randn(2, C, 8, 8)
+    with torch.no_grad():
+        expected = module(x.clone())
+        y, code = run_and_get_code(torch.compile(module, fullgraph=True), x)
+    assert y is x
+    assert torch.equal(x, expected)
+    assert calls("\n".join(code), IN_PLACE) == 1
+
+
+def test_arguments_by_name() -> None:
+    network = Between(lambda m, u, conv: torch.ops.se_ext.rescale(scale=u.mean((2, 3)), input=u)).eval()
+    x = images(2, 16)
+    with torch.no_grad():
+        y, code = run_and_get_code(torch.compile(network, fullgraph=True), x)
+        assert_near(y, network(x).double())
+    assert calls("\n".join(code), "se_ext.rescale_.default") == 1
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 def test_rescale_writes_into_a_dead_input(shared: bool) -> None:
     """Unless the scale is a part of it."""
