@@ -16,7 +16,7 @@ help:  ## this list
 demo: $(BUILD)  ## train a small CNN on handwritten digits: without SE, with plain SE, with se_ext
 	$(BIN)/python -m examples.digits $(ARGS)
 
-test: $(BUILD)  ## every test
+test: $(BUILD)  ## the tests, but the slow ones
 	SE_EXT_REQUIRE_BUILD_TREE=1 $(BIN)/python -m pytest $(ARGS)
 
 test-isa: $(BUILD)  ## the tests of the kernels again, on every narrower instruction set of this CPU

@@ -54,10 +54,11 @@ def tail(
         scale = scale if drop_scale is None else scale * drop_scale[:, None]
         return _ops.rescale(u, scale, residual, post_activation)
     activation, gate = state["activation"], state["scale_activation"]
-    normalization = normalization_of(bn)
-    if normalization is None or is_left_to_compilers(bn):
+    is_ordinary = is_left_to_compilers(bn)
+    normalization = None if is_ordinary else normalization_of(bn)
+    if normalization is None:
         u = bn(input)
-        if normalization is not None:
+        if is_ordinary:
             u, pre_activation = _FUNCTIONS[pre_activation](u), "identity"
         drop_scale, residual = branches() if callable(branches) else branches
         if pre_activation == "identity" and drop_scale is None:
@@ -81,8 +82,8 @@ def batch_norm(bn: Any, activation: Any, input: Tensor) -> Tensor:
 def named_batch_norm(bn: Any, activation: str, input: Tensor) -> Tensor:
     """The same of an activation given by its name. Behind a batch norm that is called it is not in place, whatever its
     module says: autograd allows no change of what comes out of a module with a backward hook."""
-    normalization = normalization_of(bn)
-    if normalization is None or is_left_to_compilers(bn):
+    normalization = None if is_left_to_compilers(bn) else normalization_of(bn)
+    if normalization is None:
         return _FUNCTIONS[activation](bn(input))
     return _ops.bn_activation_running(input, *normalization, activation)
 

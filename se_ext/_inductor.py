@@ -7,6 +7,7 @@ shares memory. The pass knows pairs of a functional op and its form in place; ou
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -21,7 +22,17 @@ IN_PLACE = {
 
 
 def register() -> None:
-    when_imported("torch._inductor.fx_passes.reinplace", add_pairs)
+    when_imported("torch._inductor.fx_passes.reinplace", add_pairs_or_warn)
+
+
+def add_pairs_or_warn(reinplace: Any) -> None:
+    """What is used of Inductor is private, and another version may lack it. Programs are right without it."""
+    try:
+        add_pairs(reinplace)
+    except (AttributeError, ImportError, KeyError, TypeError) as error:
+        warnings.warn(
+            f"se_ext: compiled blocks do not write in place with torch {torch.__version__}: {error}", stacklevel=2
+        )
 
 
 def add_pairs(reinplace: Any) -> None:

@@ -162,6 +162,17 @@ def assert_close(actual: Tensor, exact: Tensor, dtype: torch.dtype, summed: int 
     assert error <= tolerance(dtype, summed), f"relative error {error:.3g}, allowed {tolerance(dtype, summed):.3g}"
 
 
+def assert_near(actual: Tensor, expected: Tensor, what: str = "output", allowed: float = 2e-5) -> None:
+    """Compares what a network gives, relative to the largest magnitude.
+
+    By default a few layers in float32 with the same in float64: some hundred roundings. What goes wrong between layers
+    (a stale buffer, a wrong layout) is off by more than 0.1.
+    """
+    assert actual.shape == expected.shape, what
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
+    assert error <= allowed, f"{what}: relative error {error:.3g}, allowed {allowed:.3g}"
+
+
 def bits(t: Tensor) -> Tensor:
     """As integers: -0 and 0 differ, and a NaN equals itself."""
     t = t.detach().contiguous()

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import ACTIVATIONS, GATES, assert_close, make_map
+from helpers import ACTIVATIONS, GATES, assert_close, assert_near, make_map
 from onnx.reference import ReferenceEvaluator
 from ops import BY_NAME, OpCase, Options, cases, in_float64
 from timm_networks import random_statistics, replace_blocks, timm_network
@@ -75,7 +75,7 @@ def run_by_definition(program: Any, tensors: tuple[Tensor, ...]) -> list[Tensor]
     """By ONNX's own reference implementation: ONNX Runtime has only a part of the operators in float64."""
     names = [value.name for value in program.model.graph.inputs]
     given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-    return [torch.from_numpy(y) for y in ReferenceEvaluator(program.model_proto).run(None, given)]
+    return [torch.tensor(y) for y in ReferenceEvaluator(program.model_proto).run(None, given)]
 
 
 def rows_of(case: OpCase, dtypes: list[tuple[torch.dtype, torch.dtype]]) -> list[Options]:
@@ -103,16 +103,12 @@ def test_every_op_with_every_argument(case: OpCase) -> None:
 
 
 def test_float64() -> None:
-    """By ONNX's own reference implementation: ONNX Runtime has a part of the operators in float64."""
     case = BY_NAME["bn_squeeze_excite"]
     rows = rows_of(case, DOUBLE)
     calls = [case.make(options) for options in rows]
     module = Calls(case, calls).eval()
     program = export(module, module.tensors(), optimize=False)
-    names = [value.name for value in program.model.graph.inputs]
-    given = {name: tensor.numpy() for name, tensor in zip(names, module.tensors(), strict=True)}
-    found = ReferenceEvaluator(program.model_proto).run(None, given)
-    check(case, rows, calls, [torch.tensor(y) for y in found])
+    check(case, rows, calls, run_by_definition(program, module.tensors()))
 
 
 def check(case: OpCase, rows: list[Options], calls: list[dict[str, Any]], found: Sequence[Tensor]) -> None:
@@ -186,8 +182,7 @@ def test_a_network_with_a_dynamic_batch(name: str, tmp_path: Path, restore_threa
         (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         with torch.no_grad():
             expected = network(images)
-        assert logits.shape == (count, 10)
-        assert (torch.from_numpy(logits) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert_near(torch.from_numpy(logits), expected, "logits", 1e-5)
 
 
 # ---- what cannot be exported says so ----

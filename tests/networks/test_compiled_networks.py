@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_near
 from timm_networks import replace_blocks, timm_network
 from torch import Tensor, nn
 
@@ -132,12 +133,6 @@ RUNNING = {
     ),
     "_bn_activation_running": (bn_activation, lambda m, x, _: torch.relu(norm(m, x))),
 }
-
-
-def assert_near(actual: Tensor, expected: Tensor, what: str = "output", allowed: float = 2e-5) -> None:
-    """A few layers in float32 against float64: some hundred roundings; what goes wrong here is off by more than 0.1."""
-    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
-    assert error <= allowed, f"{what}: relative error {error:.3g}"
 
 
 def networks(name: str, channels_last: bool) -> tuple[Network, Network]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_compiled_networks import assert_near
+from helpers import assert_near
 from timm_networks import random_statistics, replace_blocks, timm_network
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,7 +21,7 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 import se_ext
-from se_ext import models, reference
+from se_ext import _inductor, models, reference
 from se_ext._residual import BasicBlock
 
 C, M = 32, 8
@@ -286,6 +287,12 @@ def test_arguments_by_name() -> None:
         y, code = run_and_get_code(torch.compile(network, fullgraph=True), x)
         assert_near(y, network(x).double())
     assert calls("\n".join(code), "se_ext.rescale_.default") == 1
+
+
+def test_an_unknown_inductor_is_left_alone() -> None:
+    """A version of torch whose pass has no such pairs: its import goes on, and says what is missing."""
+    with pytest.warns(UserWarning, match="se_ext: compiled blocks do not write in place with torch .*InplaceableOp"):
+        _inductor.add_pairs_or_warn(SimpleNamespace(inplaceable_ops={}))
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import package
+from timm_networks import random_statistics
 from torch import nn
 
 from se_ext import models
@@ -33,7 +34,7 @@ def pair(name: str = "seresnet18", **options: Any) -> tuple[models.SEResNet, Any
     """Ours and timm's in float64, with the same weights."""
     options = {"num_classes": 10, **options}
     ours, theirs = build(name, **options).double(), timm().create_model(name, **options).double()
-    randomize(theirs)
+    random_statistics(theirs)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -51,16 +52,6 @@ def assert_same(ours: Any, theirs: Any) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, b)
-
-
-def randomize(network: nn.Module) -> None:
-    """Weights and statistics such that every block's branch counts: as initialised, its last batch norm is zero."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +81,7 @@ def test_initialisation_is_timm_s():
 def test_logits_and_a_training_step_are_timm_s(name, to_timm):
     ours, theirs = build(name, num_classes=10).double(), timm().create_model(name, num_classes=10).double()
     source, target = (ours, theirs) if to_timm else (theirs, ours)
-    randomize(source)
+    random_statistics(source)
     target.load_state_dict(source.state_dict())
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -110,7 +101,7 @@ def test_logits_and_a_training_step_are_timm_s(name, to_timm):
 
 def test_channels_last_gives_the_same_logits():
     network = build("seresnet18", num_classes=10).double().eval()
-    randomize(network)
+    random_statistics(network)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     expected = network(images)
     last = network.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
@@ -135,7 +126,7 @@ def test_stochastic_depth_is_timm_s():
     """The same rates per block, the same samples dropped, from the same random numbers."""
     options = {"num_classes": 10, "drop_path_rate": 0.8}
     ours, theirs = build("seresnet18", **options).double(), timm().create_model("seresnet18", **options).double()
-    randomize(theirs)
+    random_statistics(theirs)
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(6, 3, 64, 64, dtype=torch.float64)
     logits = []
@@ -176,7 +167,7 @@ def test_drop_scale_is_not_rounded_to_a_half_type(dtype):
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_torchscript_and_compile(train):
     network = build("seresnet18", num_classes=10, drop_path_rate=0.1)
-    randomize(network)
+    random_statistics(network)
     network.train(train)
     images = torch.randn(2, 3, 64, 64)
     state = {key: value.clone() for key, value in network.state_dict().items()}
@@ -198,7 +189,7 @@ def test_torchscript_and_compile(train):
 def test_torchscript_folds_batch_norms_into_convolutions():
     """All but those of the tails, which are not batch norms of ATen's; the results stay."""
     network = build("seresnet18", num_classes=10)
-    randomize(network)
+    random_statistics(network)
     images = torch.randn(2, 3, 64, 64)
     scripted = torch.jit.script(network.eval())
     frozen = torch.jit.freeze(scripted)
@@ -423,7 +414,7 @@ def test_checkpointing_in_evaluation_and_of_intermediates():
 def test_checkpointing_compiles():
     """In one graph, with eager's logits and gradients. The compiler moves the statistics once."""
     network = build("seresnet18", num_classes=10, drop_path_rate=0.3).double()
-    randomize(network)
+    random_statistics(network)
     network.set_grad_checkpointing()
     twin = copy.deepcopy(network)
     images = pictures(4)
@@ -441,7 +432,7 @@ def test_checkpointing_compiles():
 def test_a_user_s_checkpoint_around_a_stage(reentrant):
     """With recomputation that stops at the last tensor wanted."""
     network = build("seresnet18", num_classes=10).double()
-    randomize(network)
+    random_statistics(network)
     images = pictures(4)
     plain = step(copy.deepcopy(network), images)
     stage = network.layer2.forward
@@ -472,7 +463,7 @@ COPIES: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("name", ["seresnet18", "seresnet50"])
 def test_a_copy_trains_apart(name, how):
     network = build(name, num_classes=10, drop_path_rate=0.2, drop_rate=0.1, global_pool="catavgmax").double()
-    randomize(network)
+    random_statistics(network)
     twin = COPIES[how](network)
     state = {key: value.clone() for key, value in network.state_dict().items()}
     images = pictures(4)
@@ -486,7 +477,7 @@ def test_moving_averages_of_the_weights(version):
     """timm's, by its own formula, statistics included; and the average computes by itself."""
     timm()
     network = build("seresnet18", num_classes=10).double()
-    randomize(network)
+    random_statistics(network)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     average = getattr(package("timm.utils"), version)(network, decay=0.75)
     images = pictures()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_near
 from timm_networks import random_statistics, replace_blocks, timm_network
 from torch import Tensor, nn
 
@@ -31,10 +32,6 @@ def images(count: int = 2, channels_last: bool = False) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
-def assert_near(ours: Tensor, theirs: Tensor, what: str = "", allowed: float = 1e-5) -> None:
-    assert (ours - theirs).abs().max() <= allowed * theirs.abs().max(), what
-
-
 @ways
 @networks
 def test_inference(name: str, how: str, tmp_path: Path) -> None:
@@ -53,7 +50,7 @@ def test_inference(name: str, how: str, tmp_path: Path) -> None:
         for form, run in forms.items():
             for channels_last in (False, True, False):
                 x = images(3, channels_last)
-                assert_near(run(x), network(x), form)
+                assert_near(run(x), network(x), form, 1e-5)
 
 
 def test_a_frozen_trace_holds_no_batch_norm() -> None:
