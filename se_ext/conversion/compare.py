@@ -15,7 +15,7 @@ Results = dict[str, Tensor]
 
 def largest_difference(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest difference, relative to the largest value of each tensor. A gradient can be zero but for rounding
-    (that of a bias in front of a batch norm), so that a thousandth of the largest gradient stands for what is smaller."""
+    (that of a bias in front of a batch norm): a thousandth of the largest gradient stands for what is smaller."""
     floor = 1e-3 * max((_largest(t) for name, t in expected.items() if name.startswith("gradient")), default=0.0)
     return max(
         _relative(results[name], t, floor if name.startswith("gradient") else 0.0) for name, t in expected.items()

@@ -106,14 +106,11 @@ def _differing(original: nn.Module, model: nn.Module, batch: Tensor) -> list[str
             reference.train(mode)(batch.double())
             converted.train(mode)
             for path, arguments in inputs.items():
-                outputs = []
+                outputs: list[Results] = []
                 for m in (reference, converted):
                     torch.manual_seed(0)
-                    outputs.append(m.get_submodule(path)(*(a.clone() for a in arguments)))
-                if (
-                    path not in differing
-                    and largest_difference({"output": outputs[1]}, {"output": outputs[0]}) > TOLERANCE
-                ):
+                    outputs.append({"output": m.get_submodule(path)(*(a.clone() for a in arguments))})
+                if path not in differing and largest_difference(outputs[1], outputs[0]) > TOLERANCE:
                     differing.append(path)
     for handle in handles:
         handle.remove()
