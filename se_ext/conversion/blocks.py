@@ -36,6 +36,8 @@ _SHAPE_FUNCTIONS = frozenset({getattr, operator.getitem, torch.flatten, torch.re
 _ARITHMETIC = frozenset({operator.add, operator.mul, operator.sub, operator.floordiv, operator.truediv})
 _POOLS: dict[type[nn.Module], int] = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3}
 _POOL_FUNCTIONS = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3}
+# Not those in place: they write into the input.
+PRODUCTS = (operator.mul, torch.mul, "mul")
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -199,7 +201,7 @@ class _Reader:
         return None
 
     def is_product(self, node: fx.Node, pooled: set[Any]) -> bool:
-        if node.target not in (operator.mul, operator.imul, torch.mul, "mul", "mul_") or len(node.args) != 2:
+        if node.target not in PRODUCTS or len(node.args) != 2:
             return False
         a, b = node.args
         return (a is self.input and b in pooled) or (b is self.input and a in pooled)

@@ -86,9 +86,10 @@ def convert(
     if not recipes and not any(is_block(m) or is_converted(m) for m in model.modules()):
         report.message = "convert: found no SE block that it can convert; nothing was changed"
         return report
+    inside = {id(m) for path in recipes for m in model.get_submodule(path).modules()}
     if fuse:
         recipes |= _norm_recipes(model, where, report)
-        recipes |= _container_recipes(model, where, report, is_block)
+        recipes |= _container_recipes(model, where, report, is_block, inside)
     for path, recipe in recipes.items():
         convert_instance(model.get_submodule(path), recipe)
     if not recipes and not report.skipped:
@@ -221,10 +222,16 @@ def _norm_recipes(model: nn.Module, where: Where | None, report: ConversionRepor
 
 
 def _container_recipes(
-    model: nn.Module, where: Where | None, report: ConversionReport, is_block: Callable[[nn.Module], bool]
+    model: nn.Module,
+    where: Where | None,
+    report: ConversionReport,
+    is_block: Callable[[nn.Module], bool],
+    inside: set[int],
 ) -> Iterator[tuple[str, Recipe]]:
     for path, module in model.named_modules():
-        if is_converted(module) or is_block(module) or is_norm_act(module) or not _has_neighbours(module, is_block):
+        if id(module) in inside or is_converted(module) or is_block(module) or is_norm_act(module):
+            continue
+        if not _has_neighbours(module, is_block):
             continue
         if where is not None and not where(path, module):
             report.skipped.append(_row(path, module, "", "where said no"))

@@ -11,11 +11,10 @@ import torch
 from torch import fx, nn
 
 from . import steps
-from .blocks import pool_of
+from .blocks import PRODUCTS, pool_of
 from .fused_class import Recipe
 from .neighbours import recipe_of
 
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _SUMS = (operator.add, torch.add, "add")
 
 
@@ -45,7 +44,7 @@ def gate_in(module: nn.Module, graph: fx.Graph, chains: list[str]) -> Recipe | N
 
 def _gate_of(node: fx.Node, x: fx.Node, pooled: set[Any]) -> Any:
     """What a product multiplies the input by, if that comes from the pooled input alone."""
-    if node.target not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
+    if node.target not in PRODUCTS or len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args
     if a is x and b in pooled and b is not x:

@@ -71,10 +71,9 @@ def batch_norm(bn: Any, act: Act, input: Tensor, drop_path: Any = None, residual
         if known is not None:
             normalization, own = known
             if own == "identity" or (name == "identity" and residual is None and drop_path is None):
-                if residual is not None or drop_path is not None:
-                    return _end(_ops.bn_activation_running(input, *normalization, "identity"), act, drop_path, residual)
+                drop_scale = drop_scale_of(drop_path, input)
                 name = own if name == "identity" else name
-                return _ops.bn_activation_running(input, *normalization, name)
+                return _ops.bn_activation_running(input, *normalization, name, residual, drop_scale)
     return _end(bn(input), act, drop_path, residual)
 
 
