@@ -173,7 +173,7 @@ def converted(
 ) -> tuple[nn.Module, nn.Module, se_ext.ConversionReport]:
     """A block as it is, and a copy of it converted."""
     torch.manual_seed(0)
-    plain = make().double() if double else make()
+    plain = make().double()
     ours = copy.deepcopy(plain)
     return plain, ours, se_ext.convert(ours)
 
