@@ -22,10 +22,8 @@ class Checker:
 
     def difference(self, module: nn.Module, recipe: Recipe) -> str:
         """What is wrong with a conversion of an SE block or a relative; empty if nothing."""
-        parts = tuple(
-            (type(m), *(name for name, p in m._parameters.items() if p is not None)) for m in module.modules()
-        )
-        key = (type(module), recipe, parts)
+        parts = [(type(m), *(name for name, p in m._parameters.items() if p is not None)) for m in module.modules()]
+        key = (type(module), recipe, *parts)
         if key not in self.results:
             self.results[key] = _difference(module, recipe)
         return self.results[key]

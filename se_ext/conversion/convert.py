@@ -177,12 +177,8 @@ def _recipe_of_block(module: nn.Module) -> tuple[Recipe, str, str]:
     block = block_in(module, graph)
     if block is not None:
         layer: Any = module.get_submodule(block.layers[0])  # its weight may be computed anew when it is looked up
-        sizes = (
-            (layer.in_features, layer.out_features)
-            if isinstance(layer, nn.Linear)
-            else (layer.in_channels, layer.out_channels)
-        )
-        shape = " → ".join(map(str, sizes))
+        kind = "features" if isinstance(layer, nn.Linear) else "channels"
+        shape = " → ".join(str(getattr(layer, f"{side}_{kind}")) for side in ("in", "out"))
         source = "def forward(self, x):\n    return _squeeze_excite(self, x)\n"
         recipe = Recipe(source, (("_squeeze_excite", squeeze_excite.__module__, "squeeze_excite"),), block)
         return recipe, shape, "SE block"
