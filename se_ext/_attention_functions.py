@@ -183,7 +183,8 @@ def gather_excite(input: Tensor, extent: int = 0, gate: str = "sigmoid") -> Tens
     as torch.nn.functional.interpolate does.
 
     Args:
-        input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16.
+        input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16. With an extent, 3 spatial
+            dims must be as large as a window.
         extent: 0 (global) or an even number.
         gate: sigmoid, hardsigmoid, tanh, relu or identity.
 

@@ -355,7 +355,7 @@ class ConcurrentSqueezeExcitation(nn.Module):
         self.cSE = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(channels, hidden, 1),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(hidden, channels, 1),
             nn.Sigmoid(),
         )
