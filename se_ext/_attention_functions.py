@@ -16,7 +16,6 @@ from ._attention_parts import (
     activated,
     channels_of,
     check_dtype,
-    dtype_of_factors,
     gated,
     linear,
     maximum,
@@ -119,7 +118,8 @@ def channel_attention(
         if gain == 1.0:
             return squeeze_excite(input, w1, b1, w2, b2, activation, gate)
         # The factor per sample that stochastic depth uses: the gain costs no pass.
-        gains = torch.full([input.size(0)], gain, dtype=dtype_of_factors(input), device=input.device)
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        gains = torch.full([input.size(0)], gain, dtype=dtype, device=input.device)
         return _ops.squeeze_excite_behind_activation(
             input, None, (w1, b1, w2, b2), "identity", activation, gate, None, "identity", gains
         )
@@ -342,18 +342,19 @@ def scale_shift_squeeze_excite(
 
 
 def masked_squeeze(input: Tensor, mask: Tensor) -> Tensor:
-    r"""The mean over the valid points: z[n, c] = Σ_p mask[n, p] · input[n, c, p] / Σ_p mask[n, p].
+    r"""The mean over the valid points: z[n, c] = Σ_p input[n, c, p] / (number of valid p), over the valid p.
+
+    What stands at the other points does not matter, be it NaN.
 
     Args:
-        input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16. Finite where the mask is
-            0, too: 0 · NaN is NaN.
-        mask: [N, *spatial], bool (True: valid), or weights of a floating-point type. It gets no gradient.
+        input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16.
+        mask: [N, *spatial], bool; True: valid.
 
     Returns:
         [N, C], of input's dtype. NaN for a sample without a valid point.
 
     Raises:
-        RuntimeError: a shape that does not fit.
+        RuntimeError: a shape that does not fit. TypeError: a mask that is not bool.
 
     Source: Hu et al. 2017, section 3.1, equation 2, over a part of the points; SpeechBrain's SEBlock.
 
@@ -368,12 +369,11 @@ def masked_squeeze(input: Tensor, mask: Tensor) -> Tensor:
     expected = [input.size(0)] + list(input.shape[2:])
     if list(mask.shape) != expected:
         raise RuntimeError(f"{op}: expected mask of shape {expected}, got {list(mask.shape)}")
-    mask = mask.detach().flatten(1)
-    if not mask.is_floating_point() or input.dtype == torch.float64:
-        mask = mask.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
-    # Divided first: the sum of a float16 map may be more than float16 holds. One pass over the map, as a product.
-    weights = (mask / mask.sum(1, keepdim=True)).to(input.dtype)
-    return torch.bmm(input.flatten(2), weights.unsqueeze(2)).squeeze(2)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: expected mask of dtype torch.bool, got {mask.dtype}")
+    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32  # float16 may not hold the sum
+    points = torch.where(mask.flatten(1).unsqueeze(1), input.flatten(2), 0.0)
+    return (points.sum(2, dtype=accumulate) / mask.flatten(1).sum(1, keepdim=True)).to(input.dtype)
 
 
 def masked_squeeze_excite(
@@ -391,7 +391,7 @@ def masked_squeeze_excite(
 
     Args:
         input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16.
-        mask: [N, *spatial], bool (True: valid), or weights of a floating-point type. Of lengths, see length_mask.
+        mask: [N, *spatial], bool; True: valid. length_mask makes one of lengths.
         w1: [M, C] or [M, C, 1, 1]; of input's dtype, or float32 beside a half-typed input.
         b1: [M] or None.
         w2: [C, M] or [C, M, 1, 1].

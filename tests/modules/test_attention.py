@@ -26,6 +26,7 @@ from se_ext import (
     MaskedSqueezeExcitation,
     ScaleShiftSqueezeExcitation,
     SpatialSqueezeExcitation,
+    _attention_parts,
     reference,
 )
 
@@ -250,6 +251,12 @@ def test_scale_and_shift_with_a_shortcut(name: str, dtype: torch.dtype, channels
     check(module_of(name), CASES[name].formula, x, dtype, r)
 
 
+def test_one_of_several_maxima_gets_the_gradient() -> None:
+    x = torch.zeros(1, C, 2, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(_attention_parts.maximum(x).sum(), x)
+    assert gradient.flatten(2).sort().values.tolist() == [[[0, 0, 0, 0, 0, 1]] * C]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_second_derivatives(name: str) -> None:
     module = module_of(name, torch.float64)
@@ -260,6 +267,20 @@ def test_second_derivatives(name: str) -> None:
     (gradient,) = torch.autograd.grad(CASES[name].formula(state, x).square().sum(), x, create_graph=True)
     (expected,) = torch.autograd.grad(gradient.square().sum(), x)
     assert_near(second, expected, allowed=1e-6)
+
+
+def with_gradients(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return module(x).detach()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "mixed" in name or "both" in name])
+def test_without_gradients_the_maximum_is_the_same(name: str) -> None:
+    """It is found in another way."""
+    module, x = module_of(name), make_map(SHAPES[2])
+    x[0, 0, 1, 2] = float("nan")
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), with_gradients(module, x), equal_nan=True)
 
 
 # ---- masks ----
@@ -307,10 +328,14 @@ def test_lengths_say_what_is_valid(relative: bool) -> None:
     assert torch.equal(module(changed, lengths / 20 if relative else lengths)[1, :, :13], y[1, :, :13])
 
 
-def test_weights_in_the_place_of_a_mask() -> None:
-    x, weights = make_map((2, C, 7, 5), torch.float64), torch.rand(2, 7, 5, dtype=torch.float64)
-    exact = (x * weights[:, None]).sum((2, 3)) / weights.sum((1, 2))[:, None]
-    assert_near(se_ext.masked_squeeze(x, weights), exact, allowed=1e-12)
+def test_what_is_not_valid_does_not_matter() -> None:
+    x, mask = make_map((2, C, 9)), torch.rand(2, 9) < 0.6
+    mask[:, 0] = True
+    spoilt = torch.where(mask[:, None], x, torch.tensor(float("nan"))).requires_grad_()
+    z = se_ext.masked_squeeze(spoilt, mask)
+    assert torch.equal(z, se_ext.masked_squeeze(x, mask))
+    z.sum().backward()
+    assert torch.equal(spoilt.grad != 0, mask[:, None].expand_as(x))
 
 
 def test_a_masked_sum_may_be_more_than_float16_holds() -> None:
@@ -728,9 +753,14 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         r'scale_shift_squeeze_excite: expected activation to be one of identity, .*, got "elu"',
     ),
     (
-        lambda: se_ext.masked_squeeze(x3, torch.ones(2, 9)),
+        lambda: se_ext.masked_squeeze(x3, torch.ones(2, 9) > 0),
         RuntimeError,
         r"masked_squeeze: expected mask of shape \[2, 3, 3\], got \[2, 9\]",
+    ),
+    (
+        lambda: se_ext.masked_squeeze(x3, torch.ones(2, 3, 3)),
+        TypeError,
+        r"masked_squeeze: expected mask of dtype torch.bool, got torch.float32",
     ),
     (
         lambda: se_ext.length_mask(torch.ones(2, 1), 3),
@@ -743,7 +773,7 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         r"MaskedSqueezeExcitation: expected input of shape \[N, C, L\] with lengths, got \[2, 16, 3, 3\]",
     ),
     (
-        lambda: MaskedSqueezeExcitation(C, M)(x3.flatten(2), torch.ones(2), torch.ones(2, 9)),
+        lambda: MaskedSqueezeExcitation(C, M)(x3.flatten(2), torch.ones(2), torch.ones(2, 9) > 0),
         ValueError,
         r"MaskedSqueezeExcitation: expected lengths or a mask, got both",
     ),
