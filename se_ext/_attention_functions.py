@@ -344,10 +344,9 @@ def scale_shift_squeeze_excite(
 def masked_squeeze(input: Tensor, mask: Tensor) -> Tensor:
     r"""The mean over the valid points: z[n, c] = Σ_p input[n, c, p] / (number of valid p), over the valid p.
 
-    What stands at the other points does not matter, be it NaN.
-
     Args:
-        input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16.
+        input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16. Finite at the other points
+            too: they are multiplied by 0.
         mask: [N, *spatial], bool; True: valid.
 
     Returns:
@@ -371,9 +370,11 @@ def masked_squeeze(input: Tensor, mask: Tensor) -> Tensor:
         raise RuntimeError(f"{op}: expected mask of shape {expected}, got {list(mask.shape)}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: expected mask of dtype torch.bool, got {mask.dtype}")
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32  # float16 may not hold the sum
-    points = torch.where(mask.flatten(1).unsqueeze(1), input.flatten(2), 0.0)
-    return (points.sum(2, dtype=accumulate) / mask.flatten(1).sum(1, keepdim=True)).to(input.dtype)
+    # The mean over all points first: float16 may not hold the sum.
+    z = squeeze(input * mask.unsqueeze(1))
+    flat = mask.flatten(1)
+    valid = flat.sum(1, keepdim=True, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+    return (z * (flat.size(1) / valid)).to(input.dtype)
 
 
 def masked_squeeze_excite(

@@ -456,7 +456,7 @@ class MaskedSqueezeExcitation(_TwoLayers):
     Shape:
         input [N, C, *spatial] with 1 to 3 spatial dims; lengths [N] or None, with 1 spatial dim; mask [N, *spatial]
         (True: valid) or None; without both the mean is over all points. Output of input's shape, dtype and memory
-        format. All points are rescaled.
+        format. All points are rescaled. Input must be finite where it is not valid, too.
 
     Raises:
         ValueError: an activation that is not known; a number of channels below 1; both lengths and a mask.
