@@ -21,7 +21,7 @@ def maximum(input: Tensor) -> Tensor:
     """[N, C]. With gradients by max pooling, which keeps where the maximum is: backward of torch.amax compares the
     whole map again. Without, by torch.amax, which is the faster one on a contiguous map. (A trace has to be the same in
     both modes.)"""
-    if torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore
         return F.adaptive_max_pool2d(input.flatten(2).unsqueeze(2), 1).flatten(1)
     return input.flatten(2).amax(2)
 
