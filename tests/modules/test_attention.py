@@ -635,6 +635,30 @@ def test_compiled_by_inductor() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_torch_func(name: str) -> None:
+    """Forward-mode AD against a difference, and vmap against a loop."""
+    module = module_of(name, torch.float64)
+    x, tangent = make_map(SHAPES[2], torch.float64), make_map(SHAPES[2], torch.float64)
+    _, slope = torch.func.jvp(module, (x,), (tangent,))
+    assert_near(slope, (module(x + 1e-6 * tangent) - module(x - 1e-6 * tangent)) / 2e-6, allowed=1e-6)
+    stacked = torch.stack([x, tangent])
+    assert_near(torch.func.vmap(module)(stacked), torch.stack([module(x), module(tangent)]), allowed=1e-12)
+
+
+@pytest.mark.cpu_only
+def test_onnx() -> None:
+    """One of each, in one graph of standard operators."""
+    runtime = pytest.importorskip("onnxruntime")
+    network = nn.Sequential(*(module_of(name) for name in CASES if "," not in name)).eval()
+    x = make_map(SHAPES[2])
+    table = se_ext.onnx.translation_table()
+    program = torch.onnx.export(network, (x,), dynamo=True, custom_translation_table=table, verbose=False)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    (y,) = session.run(None, {"input": x.numpy()})
+    assert_near(torch.from_numpy(y), network(x).double())
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_copies(name: str) -> None:
     module, x = module_of(name), make_map(SHAPES[2])
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
