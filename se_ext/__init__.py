@@ -29,6 +29,7 @@ from .attention import (  # noqa: E402
     ScaleShiftSqueezeExcitation,
     SpatialSqueezeExcitation,
 )
+from .conversion import convert, revert  # noqa: E402
 from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
 
@@ -57,6 +58,7 @@ __all__ = [
     "channel_attention",
     "cmake_prefix_path",
     "concurrent_squeeze_excite",
+    "convert",
     "effective_squeeze_excite",
     "efficient_channel_attention",
     "excite",
@@ -70,6 +72,7 @@ __all__ = [
     "onnx",
     "reference",
     "rescale",
+    "revert",
     "scale_shift_squeeze_excite",
     "spatial_squeeze_excite",
     "squeeze",
