@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from . import _attention_functions as functions
 from . import _attention_parts as parts
-from ._fusion import _call_layer as call_layer
+from ._fusion import call_layer
 from ._known import is_called_plainly, is_known_layer
 from ._names import ACTIVATIONS, GATES, name_of
 from .functional import rescale, squeeze, squeeze_excite
-from .modules import _at_least_one as at_least_one
+from .modules import at_least_one
 
 # TorchScript reads forward's annotations, so they say Optional[Tensor].
 # ruff: noqa: UP045
