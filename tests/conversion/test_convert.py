@@ -410,6 +410,28 @@ def test_shared_modules() -> None:
     assert twin.alias is twin.blocks[0]
 
 
+class Broadcast(nn.Module):
+    """A sum with something of another shape or dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.se, self.act = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), SE(8, 4), nn.ReLU()
+        self.shift = nn.Parameter(torch.randn(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn(self.conv(x)) + self.shift)
+        x = self.act(self.se(x) + self.shift)
+        return self.se(x) + x.mean(1, keepdim=True)
+
+
+def test_a_sum_that_broadcasts() -> None:
+    torch.manual_seed(0)
+    plain = Broadcast().double()
+    ours = copy.deepcopy(plain)
+    assert "shortcut" in str(se_ext.convert(ours))
+    assert_same(results(ours), results(plain))
+
+
 # ---- verify ----
 
 
