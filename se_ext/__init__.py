@@ -7,6 +7,7 @@ from ._loader import load as _load
 _load()
 
 from . import _C, _flops, _inductor, functional, models, onnx, reference  # noqa: E402, F401
+from .conversion import convert, revert  # noqa: E402
 from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
 
@@ -25,6 +26,7 @@ __all__ = [
     "SqueezeExcitation",
     "bn_squeeze_excite",
     "cmake_prefix_path",
+    "convert",
     "excite",
     "functional",
     "library_path",
@@ -32,6 +34,7 @@ __all__ = [
     "onnx",
     "reference",
     "rescale",
+    "revert",
     "squeeze",
     "squeeze_excite",
 ]

@@ -10,11 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops
-from ._known import excitation_of, is_known_block, is_left_to_compilers, known_activation, normalization_of
+from ._known import (
+    Layers,
+    excitation_of,
+    is_left_to_compilers,
+    known_activation,
+    known_block,
+    normalization_of,
+)
 from ._names import ACTIVATIONS, GATES
 
 # The activations and gates by name, as torch's modules compute them.
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {name: cls().forward for name, cls in (ACTIVATIONS | GATES).items()}
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {name: cls().forward for name, cls in (ACTIVATIONS | GATES).items()}
 
 # What joins a tail behind the SE block: drop_scale and residual.
 Branches = tuple[Tensor | None, Tensor | None]
@@ -40,26 +47,26 @@ def tail(
         pre_activation: by name, between bn and se.
         post_activation: by name, applied last.
     """
-    if not is_known_block(se):
+    layers = known_block(se)
+    if layers is None:
         u = named_batch_norm(bn, pre_activation, input)
         v = u if se is None else se(u)
         drop_scale, residual = branches() if callable(branches) else branches
         return _plain_end(v, residual, drop_scale, post_activation)
-    state = se.__dict__
-    excitation = excitation_of(state["_modules"])
+    fc1, fc2, activation, gate = layers
+    excitation = excitation_of(fc1, fc2)
     if excitation is None:
         u = named_batch_norm(bn, pre_activation, input)
-        scale = called_excitation(se, u)
+        scale = called_excitation(layers, u)
         drop_scale, residual = branches() if callable(branches) else branches
         scale = scale if drop_scale is None else scale * drop_scale[:, None]
         return _ops.rescale(u, scale, residual, post_activation)
-    activation, gate = state["activation"], state["scale_activation"]
     is_ordinary = is_left_to_compilers(bn)
     normalization = None if is_ordinary else normalization_of(bn)
     if normalization is None:
         u = bn(input)
         if is_ordinary:
-            u, pre_activation = _FUNCTIONS[pre_activation](u), "identity"
+            u, pre_activation = FUNCTIONS[pre_activation](u), "identity"
         drop_scale, residual = branches() if callable(branches) else branches
         if pre_activation == "identity" and drop_scale is None:
             return _ops.squeeze_excite(u, *excitation, activation, gate, residual, post_activation)
@@ -84,7 +91,7 @@ def named_batch_norm(bn: Any, activation: str, input: Tensor) -> Tensor:
     module says: autograd allows no change of what comes out of a module with a backward hook."""
     normalization = None if is_left_to_compilers(bn) else normalization_of(bn)
     if normalization is None:
-        return _FUNCTIONS[activation](bn(input))
+        return FUNCTIONS[activation](bn(input))
     return _ops.bn_activation_running(input, *normalization, activation)
 
 
@@ -93,17 +100,18 @@ def named_batch_norm(bn: Any, activation: str, input: Tensor) -> Tensor:
 
 def called_block(se: Any, input: Tensor, residual: Tensor | None) -> Tensor:
     """A SqueezeExcitation whose layers have to be called: the squeeze and the rescale are fused."""
-    scale = called_excitation(se, input)
+    scale = called_excitation((se.fc1, se.fc2, se.activation, se.scale_activation), input)
     if se.inplace and not torch.is_grad_enabled():
         _ops.rescale_(input, scale, residual, se.post_activation)
         return _ops.written(input)
     return _ops.rescale(input, scale, residual, se.post_activation)
 
 
-def called_excitation(se: Any, input: Tensor) -> Tensor:
-    """The scale [N, C] of a SqueezeExcitation, by calls of its layers."""
-    hidden = _FUNCTIONS[se.activation](_call_layer(se.fc1, _ops.squeeze(input)))
-    return _FUNCTIONS[se.scale_activation](_call_layer(se.fc2, hidden)).flatten(1)
+def called_excitation(layers: Layers, input: Tensor) -> Tensor:
+    """The scale [N, C] of an SE block, by calls of its layers."""
+    fc1, fc2, activation, gate = layers
+    hidden = FUNCTIONS[activation](_call_layer(fc1, _ops.squeeze(input)))
+    return FUNCTIONS[gate](_call_layer(fc2, hidden)).flatten(1)
 
 
 def _call_layer(layer: Any, z: Tensor) -> Tensor:
@@ -128,4 +136,4 @@ def _plain_end(v: Tensor, residual: Tensor | None, drop_scale: Tensor | None, po
     """post(drop_scale ⊙ v + residual), behind a module that was called."""
     if drop_scale is not None:
         v = v * drop_scale.to(v.dtype)[(..., *[None] * (v.dim() - 1))]
-    return _FUNCTIONS[post_activation](v if residual is None else v + residual)
+    return FUNCTIONS[post_activation](v if residual is None else v + residual)

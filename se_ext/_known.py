@@ -11,6 +11,7 @@ dictionaries are read here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -26,25 +27,49 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils.parametrize import is_parametrized
 
-from ._names import ACTIVATIONS
+from ._names import ACTIVATIONS, GATES
 from ._ops import Excitation, Normalization
 
 # TorchScript reads the annotations of what is scripted, so they say Optional[Tensor].
 # ruff: noqa: UP045
+
+Layers = tuple[Any, Any, str, str]
+"""The two layers of an SE block, its activation and its gate by name."""
 
 # The tensors that the kernels may take straight from a module: parameters, what torch.func.functional_call puts in
 # their place, and what torch.compile and torch.export trace with. Other subclasses of Tensor (sharded, quantised)
 # compute their layer in their own way.
 _PLAIN = frozenset({nn.Parameter, Tensor, FakeTensor, FunctionalTensor})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-_BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 _Conv2d, _Parameter = nn.Conv2d, nn.Parameter  # found faster than through nn
-# Not those with settings, which would have to be compared too.
-_WITH_SETTINGS = (nn.ReLU6, nn.GELU, nn.LeakyReLU)
-_ACTIVATION_NAMES: dict[type, str] = {cls: name for name, cls in ACTIVATIONS.items() if cls not in _WITH_SETTINGS}
+_ACTIVATION_NAMES: dict[type, str] = {cls: name for name, cls in (GATES | ACTIVATIONS).items()}
+# The settings with which a class is the function that the kernels compute.
+_SETTINGS: dict[type, dict[str, Any]] = {
+    nn.ReLU6: {"min_val": 0.0, "max_val": 6.0},
+    nn.GELU: {"approximate": "none"},
+    nn.LeakyReLU: {"negative_slope": 0.01},
+}
+# Classes of other libraries without settings, by name, so that no library is imported for them. Their functions are
+# compared with ours in the tests.
+_ACTIVATIONS_OF_LIBRARIES = {
+    ("timm.layers.activations", "Swish"): "silu",
+    ("timm.layers.activations", "Sigmoid"): "sigmoid",
+    ("timm.layers.activations", "Tanh"): "tanh",
+    ("timm.layers.activations", "HardSwish"): "hardswish",
+    ("timm.layers.activations", "HardSigmoid"): "hardsigmoid",
+    ("timm.layers.activations", "GELU"): "gelu",
+    ("timm.layers.activations_me", "SwishMe"): "silu",
+    ("timm.layers.activations_me", "HardSwishMe"): "hardswish",
+    ("timm.layers.activations_me", "HardSigmoidMe"): "hardsigmoid",
+}
 
-# The classes of the SE block. modules.py, which imports this file, adds SqueezeExcitation.
-SE_BLOCKS: set[type] = set()
+# The classes of batch norms whose formula is that of torch's. Conversions add those of theirs that have an activation
+# inside, which is `act` of theirs.
+BATCH_NORMS: set[type] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
+
+# The classes of the SE block, with a function that gives the two layers, the activation and the gate of one (None if it
+# is not known). modules.py, which imports this file, adds SqueezeExcitation, and conversions theirs.
+SE_BLOCKS: dict[type, Callable[[Any], Optional[Layers]]] = {}
 
 
 def is_called_plainly(module: Any) -> bool:
@@ -76,23 +101,21 @@ def _is_hooked_when_compiled(module: Any) -> bool:
 # ---- the SE block ----
 
 
-def is_known_block(module: Any) -> bool:
-    """Whether the module is a SqueezeExcitation whose children a tail may take."""
-    if type(module) not in SE_BLOCKS:
-        return False
-    state: dict[str, Any] = module.__dict__
-    return state["post_activation"] == "identity" and not state["inplace"] and is_called_plainly(module)
+def known_block(module: Any) -> Optional[Layers]:
+    """The two layers, the activation and the gate of an SE block, which a tail may take; None if the block has to be
+    called."""
+    layers = SE_BLOCKS.get(type(module))
+    return None if layers is None or not is_called_plainly(module) else layers(module)
 
 
-def excitation_of(modules: dict[str, Any]) -> Optional[Excitation]:
-    """w1, b1, w2, b2 of a SqueezeExcitation, given its children, or None if a layer has to be called.
+def excitation_of(fc1: Any, fc2: Any) -> Optional[Excitation]:
+    """w1, b1, w2, b2 of an SE block's two layers, or None if a layer has to be called.
 
     For two plain nn.Conv2d all that is_known_layer asks for is written out: every call of an SE block waits for it, and
     a function's call takes as long as what it would find out. All other layers are for is_known_layer, and so are these
     under torch.compile, which guards no dictionary. There both layers are judged before a weight is looked up: where
     torch.nn.utils.parametrize computes it, that may change it (spectral_norm), and a call would compute it again.
     """
-    fc1, fc2 = modules["fc1"], modules["fc2"]
     one, two = fc1.__dict__, fc2.__dict__
     if (
         type(fc1) is not _Conv2d
@@ -154,7 +177,7 @@ def is_known_layer(layer: Any) -> bool:
 def normalization_of(bn: Any) -> Optional[Normalization]:
     """The arguments of an op that stand for a batch norm, or None if it has to be called: SyncBatchNorm and subclasses
     have formulas of their own. (And a batch norm without an eps is for torch to refuse.)"""
-    if type(bn) not in _BATCH_NORMS:
+    if type(bn) not in BATCH_NORMS:
         return None
     state = bn.__dict__
     parameters, buffers = state["_parameters"], state["_buffers"]
@@ -210,12 +233,19 @@ def normalization_from(
     return weight, bias, running_mean, running_var, num_batches_tracked, True, momentum, eps
 
 
-def known_activation(activation: Any) -> Optional[str]:
-    """The name of an activation module (None: no activation) that the kernels compute; None if it has to be called."""
+def known_activation(activation: Any, known: dict[str, type[nn.Module]] = ACTIVATIONS) -> Optional[str]:
+    """The name of an activation module (None: no activation) that the kernels compute; None if it has to be called.
+    known: ACTIVATIONS or GATES."""
     if activation is None:
         return "identity"
-    name = _ACTIVATION_NAMES.get(type(activation))
-    return name if name is not None and is_called_plainly(activation) else None
+    cls = type(activation)
+    name = _ACTIVATION_NAMES.get(cls) or _ACTIVATIONS_OF_LIBRARIES.get((cls.__module__, cls.__qualname__))
+    if name is None or name not in known or not is_called_plainly(activation):
+        return None
+    settings = _SETTINGS.get(cls)
+    if settings is not None and any(activation.__dict__.get(key) != value for key, value in settings.items()):
+        return None
+    return name
 
 
 # ---- TorchScript ----
@@ -225,8 +255,8 @@ def check_scriptable(module: Any, bn: Any, se: Any) -> None:
     """Raises RuntimeError where a script of the module, which takes the parameters of a batch norm (or None) and a
     SqueezeExcitation, would leave out what happens when they are called."""
     known = {"bn": bn is None or normalization_of(bn) is not None}
-    known["se"] = se is module or is_known_block(se)
-    known["fc1 or fc2"] = not known["se"] or excitation_of(se._modules) is not None
+    known["se"] = se is module or known_block(se) is not None
+    known["fc1 or fc2"] = not known["se"] or excitation_of(se.fc1, se.fc2) is not None
     for child, is_known in known.items():
         if not is_known:
             raise RuntimeError(

@@ -82,7 +82,7 @@ def name_of(argument: str, activation: str | Callable[..., Any] | None, known: d
         if activation in known:
             return activation
         raise ValueError(f"expected {argument} to be one of {', '.join(known)}, got {activation!r}")
-    name = _function_name(activation)
+    name = function_name(activation)
     if name is None:
         return _module_name(argument, _made_module(argument, activation, known), known)
     if name in known:
@@ -90,7 +90,8 @@ def name_of(argument: str, activation: str | Callable[..., Any] | None, known: d
     raise ValueError(f"{_expected(argument, known)}, got the function {name}")
 
 
-def _function_name(activation: Any) -> str | None:
+def function_name(activation: Any) -> str | None:
+    """The name of the activation or gate that a function of torch computes."""
     try:
         return _NAMES_OF_FUNCTIONS.get(activation)
     except TypeError:  # not hashable

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _ops, functional
 from ._fusion import called_block, tail
-from ._known import SE_BLOCKS, check_scriptable, excitation_of, normalization_from
+from ._known import SE_BLOCKS, Layers, check_scriptable, excitation_of, normalization_from
 from ._names import ACTIVATIONS, GATES, name_of
 from ._ops import Excitation, Normalization
 
@@ -156,7 +156,8 @@ class SqueezeExcitation(nn.Module):
                     output = self.forward(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0))
                     in_place = state["inplace"] and not torch.is_grad_enabled()
                     return _ops.written(input) if in_place else output.squeeze(0)
-            known: Any = excitation_of(state["_modules"])
+            modules = state["_modules"]
+            known: Any = excitation_of(modules["fc1"], modules["fc2"])
             if known is None:
                 return called_block(self, input, residual)
             w1, b1, w2, b2 = known
@@ -241,7 +242,15 @@ class SqueezeExcitation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-SE_BLOCKS.add(SqueezeExcitation)
+def _layers_of(se: Any) -> Layers | None:
+    state = se.__dict__
+    if state["post_activation"] != "identity" or state["inplace"]:
+        return None
+    modules = state["_modules"]
+    return modules["fc1"], modules["fc2"], state["activation"], state["scale_activation"]
+
+
+SE_BLOCKS[SqueezeExcitation] = _layers_of
 
 
 class BatchNormSqueezeExcitation(nn.Module):

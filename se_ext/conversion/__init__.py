@@ -1,0 +1,15 @@
+"""What changes a user's network: convert makes its modules run on the fused ops, revert takes that back.
+
+trace.py          the graph of one module's forward
+blocks.py         SE blocks in it, by their structure
+neighbours.py     what stands around them and around batch norms, as steps; the forward that is made of these
+steps.py          what such a forward calls
+fused_class.py    the class that a converted module gets
+check.py          whether a block's conversion computes the same; verify.py: whether a network's does
+convert.py        the two functions; report.py: what they tell
+"""
+
+from .convert import convert, revert
+from .report import ConversionReport
+
+__all__ = ["ConversionReport", "convert", "revert"]

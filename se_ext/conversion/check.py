@@ -1,0 +1,82 @@
+"""Whether a recipe computes what a module computes: compared on a copy of it with random weights, in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .fused_class import Recipe, convert_instance
+from .trace import LIBRARIES
+
+
+class Checker:
+    """Compares each kind of block once."""
+
+    def __init__(self) -> None:
+        self.results: dict[Any, str] = {}
+
+    def difference(self, module: nn.Module, recipe: Recipe) -> str:
+        """What is wrong with a conversion of an SE block; empty if nothing."""
+        layers = [m for m in module.modules() if isinstance(getattr(m, "weight", None), torch.Tensor)]
+        key = (type(module), recipe, tuple(type(m) for m in module.modules()), tuple(m.bias is None for m in layers))
+        if key not in self.results:
+            self.results[key] = _difference(module, recipe)
+        return self.results[key]
+
+
+def _difference(module: nn.Module, recipe: Recipe) -> str:
+    with (
+        _disable_current_modes(),
+        torch.device("cpu"),
+        torch.inference_mode(False),  # with it gradients are recorded
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.manual_seed(0)
+        try:
+            original = _random_copy(module)
+            converted = copy.deepcopy(original)
+        except Exception as error:  # weights that another library computes or wraps
+            if type(module).__module__.partition(".")[0] in LIBRARIES:
+                return ""
+            return f"cannot be copied for a comparison ({type(error).__name__})"
+        convert_instance(converted, recipe)
+        try:
+            x = _input(original, recipe)
+            results = [_output_and_gradients(m, x) for m in (original, converted)]
+        except Exception as error:
+            return f"cannot be run for a comparison ({type(error).__name__}: {error})"
+    # 1e-6: ATen's hardsigmoid has its slope, 1/6, in float32.
+    if all((a - b).abs().max() <= 1e-6 * b.abs().max() for a, b in zip(*results, strict=True)):
+        return ""
+    return "computes something else than its structure says"
+
+
+def _random_copy(module: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(module).to_empty(device="cpu").double().requires_grad_()
+    for m in copied.modules():
+        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
+            hooks.clear()
+    for parameter in copied.parameters():
+        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return copied
+
+
+def _input(module: nn.Module, recipe: Recipe) -> torch.Tensor:
+    block: Any = recipe.block
+    weight: Any = module.get_submodule(block.layers[0]).weight
+    spatial = (5, 4, 3)[: block.dims or 2]
+    shape = (2, *spatial, weight.shape[1]) if block.channels_last else (2, weight.shape[1], *spatial)
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def _output_and_gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    output = type(module).forward(module, x)
+    wanted = [x, *module.parameters()]
+    weights = torch.linspace(1, 2, output.numel(), dtype=x.dtype).view_as(output)
+    return [output.detach(), *torch.autograd.grad(output, wanted, weights)]

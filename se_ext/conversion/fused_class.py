@@ -1,0 +1,133 @@
+"""Converted modules: an instance gets a class that is made for it, a subclass of its own with another forward.
+
+So the module stays the object that it was, with its parameters, hooks and place in the network, and isinstance holds.
+(torch.nn.utils.parametrize and FSDP change instances in the same way.) The class is described by a Recipe, which is
+data: a pickled module brings it along.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import importlib
+import linecache
+import zlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .._known import BATCH_NORMS, SE_BLOCKS, Layers
+from .blocks import Block
+from .trace import names_read
+
+
+class Recipe(NamedTuple):
+    """What makes a converted class of an original one."""
+
+    source: str
+    """of the function `forward(self, …)`"""
+    imports: tuple[tuple[str, str, str], ...]
+    """the global names in it: name, module, qualified name there (empty: the module itself)"""
+    block: Block | None = None
+    """of an SE block"""
+    is_norm: bool = False
+    """whether it is a batch norm with an activation inside"""
+
+
+class Converted:
+    """The base of all converted classes, in front of the original one."""
+
+    _original: type[nn.Module]
+    _recipe: Recipe
+    _names_read: frozenset[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """type(module)(…), as in a slice of a Sequential, makes an ordinary module: the recipe is another's."""
+        restore(self)
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A module in another's place is what generated forwards expect. Any other change of what forward reads takes
+        the conversion away."""
+        if name != "training" and name in self._names_read:
+            before = getattr(self, name, None)
+            if before is not value and not (isinstance(before, nn.Module) and isinstance(value, nn.Module)):
+                restore(self)
+                setattr(self, name, value)
+                return
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        restore(self)
+        delattr(self, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For deepcopy and pickle, which find no class of this name."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *state = reduced
+        if function is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
+            return (_new, (self._original, self._recipe), *state)
+        return (function, arguments, *state)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script compiles the original's forward."""
+        original: nn.Module = self._original.__new__(self._original)
+        original.__dict__.update(self.__dict__)
+        return original
+
+
+def convert_instance(module: nn.Module, recipe: Recipe) -> None:
+    object.__setattr__(module, "__class__", _class(type(module), recipe))
+
+
+def restore(module: Any) -> None:
+    """Gives a converted module its own class back."""
+    object.__setattr__(module, "__class__", module._original)
+
+
+def is_converted(module: nn.Module) -> bool:
+    return isinstance(module, Converted)
+
+
+def _new(original: type[nn.Module], recipe: Recipe) -> nn.Module:
+    cls = _class(original, recipe)
+    return cls.__new__(cls)
+
+
+@cache
+def _class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+    namespace: dict[str, Any] = {
+        "__doc__": original.__doc__,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "_original": original,
+        "_recipe": recipe,
+        "_names_read": names_read(original),
+        "forward": _function(original, recipe),
+    }
+    cls = type(original.__name__, (Converted, original), namespace)
+    if recipe.block is not None:
+        SE_BLOCKS[cls] = _layers_in_a_tail
+    if recipe.is_norm:
+        BATCH_NORMS.add(cls)
+    return cls
+
+
+def _layers_in_a_tail(se: Any) -> Layers | None:
+    block = se._recipe.block
+    return None if block.channels_last or block.adds_input else block.layers_of(se)
+
+
+def _function(original: type[nn.Module], recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
+    names: dict[str, Any] = {}
+    for name, module, qualified_name in recipe.imports:
+        value: Any = importlib.import_module(module)
+        for part in filter(None, qualified_name.split(".")):
+            value = getattr(value, part)
+        names[name] = value
+    file = f"<se_ext: forward of {original.__module__}.{original.__qualname__} {zlib.crc32(recipe.source.encode()):x}>"
+    linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)  # for tracebacks
+    exec(compile(recipe.source, file, "exec"), names)
+    function: Callable[[Any, Tensor], Tensor] = names["forward"]
+    return function
