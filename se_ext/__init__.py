@@ -7,7 +7,7 @@ from ._loader import load as _load
 _load()
 
 from . import _C, _flops, _inductor, functional, models, onnx, reference  # noqa: E402, F401
-from .conversion import convert, revert  # noqa: E402
+from .conversion import InsertionReport, convert, insert_se, revert  # noqa: E402
 from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
 
@@ -23,12 +23,14 @@ cmake_prefix_path: str = str(_PACKAGE / "cmake")
 
 __all__ = [
     "BatchNormSqueezeExcitation",
+    "InsertionReport",
     "SqueezeExcitation",
     "bn_squeeze_excite",
     "cmake_prefix_path",
     "convert",
     "excite",
     "functional",
+    "insert_se",
     "library_path",
     "models",
     "onnx",

@@ -117,6 +117,11 @@ class Container:
         wanted = []
         for node in self.graph.nodes:
             m = self.called(node)
+            if m is not None and is_chain(m) and any(self.is_block(child) for child in m.children()):
+                before = self.called(node.args[0])
+                if before is not None and is_norm(before):  # behind it an activation and a block (insert_se)
+                    wanted.append(str(node.target))
+                continue
             if m is not None and self.is_block(m):
                 candidates = [node.args[0]]
             elif node.target in _SUMS and len(node.args) == 2:
@@ -280,9 +285,9 @@ class Container:
             graph.erase_node(node)
 
 
-def recipe_of(graph: fx.Graph, guard: tuple[Any, Any, Any]) -> Recipe:
+def recipe_of(graph: fx.Graph, guard: tuple[Any, Any, Any] | None) -> Recipe:
     """The recipe of a class with a graph's forward, for modules that are as steps.is_as_converted(module, *guard) says;
-    others run their original forward."""
+    others run their original forward. With no guard all modules run the graph's."""
     for node in graph.nodes:
         node.type = None  # annotations would be more names to import
     code = graph.python_code("self")
@@ -290,10 +295,14 @@ def recipe_of(graph: fx.Graph, guard: tuple[Any, Any, Any]) -> Recipe:
     start = next(i for i, line in enumerate(lines) if line.startswith("def forward("))
     argument = next(node for node in graph.nodes if node.op == "placeholder")
     name = str(argument.target)
-    header = [
-        f"    if not _is_as_converted(self, *{guard!r}):",
-        f"        return _original_forward(self, {name})",
-    ]
+    header = (
+        []
+        if guard is None
+        else [
+            f"    if not _is_as_converted(self, *{guard!r}):",
+            f"        return _original_forward(self, {name})",
+        ]
+    )
     names: dict[str, Any] = {
         **code.globals,
         "_is_as_converted": steps.is_as_converted,
