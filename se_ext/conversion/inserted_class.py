@@ -73,7 +73,8 @@ def inserted_class(plain: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         "_plain_names": names_read(plain) | getattr(plain, "_plain_names", frozenset()),
         "forward": _function(plain, recipe),
     }
-    return InsertedType(plain.__name__, (Inserted, plain), namespace)
+    bases = (plain,) if issubclass(plain, Inserted) else (Inserted, plain)
+    return InsertedType(plain.__name__, bases, namespace)
 
 
 def _reduce(cls: Any) -> Any:

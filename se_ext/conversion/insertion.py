@@ -93,8 +93,8 @@ def insert_se(
         reduction: C / M, the channels of a map by the squeezed width; M is rounded, and at least 1.
         placement: "standard", "pre", "post" or "identity".
         min_channels: maps of fewer channels get no block.
-        where: path, module → whether this unit gets a block. Of a unit that is a module (a residual block) these are its
-            own, of another its last layer's.
+        where: path, module → whether this unit gets a block. Of a unit that is a module (a residual block) these are
+            its own, of another its last layer's.
         optimizers: one or more that train the model already. The new weights join the group of a convolution of their
             unit, the new biases that of a vector of their unit (a batch norm's weight); where none has these, the
             last group of the first optimizer.
@@ -176,9 +176,8 @@ def _optimizers(optimizers: Any) -> list[torch.optim.Optimizer]:
     found = [] if optimizers is None else [optimizers] if not isinstance(optimizers, (list, tuple)) else [*optimizers]
     for optimizer in found:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"insert_se: expected optimizers to be a torch.optim.Optimizer or several, got {type(optimizer).__name__}"
-            )
+            kind = type(optimizer).__name__
+            raise TypeError(f"insert_se: expected optimizers to be a torch.optim.Optimizer or several, got {kind}")
     return found
 
 
@@ -186,7 +185,7 @@ def _nothing_found(
     model: nn.Module, placement: str, report: InsertionReport, missed: Iterable[Missed], unread: Iterable[Missed]
 ) -> InsertionReport:
     reasons = list(dict.fromkeys(m.reason for m in missed))
-    if reasons == ["has an SE block already"]:
+    if "has an SE block already" in reasons:
         report.message = "insert_se: every place has an SE block already; nothing was changed"
         return report
     expected = "a CNN of residual blocks, separable convolutions, concatenated branches or plain convolutions"

@@ -81,6 +81,7 @@ class Container:
         self.module = module
         self.is_block = is_block
         self.inlined: list[str] = []
+        self.steps: dict[Any, fx.Node] = {}  # for the last node of each match that became a step: the step
         while True:
             self.graph = trace(module, self.inlined)
             wanted = self.wanted_chains()
@@ -269,18 +270,18 @@ class Container:
                 return what
             return graph.create_node("get_attr", what)
 
+        input, residual = (self.steps.get(node, node) for node in (match.input, match.residual))
         with graph.inserting_before(last):
             bn = None if match.bn is None else graph.create_node("get_attr", match.bn)
             drop_path = None if match.drop_path is None else graph.create_node("get_attr", match.drop_path)
             if match.se is None:
-                step = graph.call_function(
-                    steps.batch_norm, (bn, node_of(match.post), match.input, drop_path, match.residual)
-                )
+                step = graph.call_function(steps.batch_norm, (bn, node_of(match.post), input, drop_path, residual))
             else:
                 se = graph.create_node("get_attr", match.se)
-                arguments = (bn, node_of(match.pre), se, match.input, drop_path, match.residual, node_of(match.post))
+                arguments = (bn, node_of(match.pre), se, input, drop_path, residual, node_of(match.post))
                 step = graph.call_function(steps.tail, arguments)
         last.replace_all_uses_with(step)
+        self.steps[last] = step
         for node in reversed(match.nodes):
             graph.erase_node(node)
 

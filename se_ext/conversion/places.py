@@ -32,31 +32,21 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 _NORMS = (_BATCH_NORMS, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 _POOLS = tuple(
-    getattr(nn, f"{adaptive}{kind}Pool{dims}d")
-    for adaptive in ("Adaptive", "")
-    for kind in ("Avg", "Max")
-    for dims in (1, 2, 3)
+    getattr(nn, f"{kind}Pool{dims}d") for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax") for dims in (1, 2, 3)
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _VIEWS = (
-    "view",
-    "reshape",
-    "transpose",
-    "contiguous",
-    "flatten",
-    "unflatten",
-    torch.transpose,
-    torch.reshape,
-    torch.flatten,
+    *("view", "reshape", "transpose", "contiguous", "flatten", "unflatten"),
+    *(torch.transpose, torch.reshape, torch.flatten),
 )
 _SPLITS = ("split", "chunk", torch.split, torch.chunk)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 # Classes that rescale channels, and are no SE block by their structure.
-_GATES = frozenset(
-    ["squeezeexcitation", "squeezeexcite", "semodule", "selayer", "seblock", "effectivesemodule", "ecamodule", "eca"]
-    + ["cecamodule", "gatherexcite", "scsemodule", "cbammodule", "lightcbammodule", "channelattn", "globalcontext"]
+_GATES = (
+    *("squeezeexcitation", "squeezeexcite", "semodule", "selayer", "seblock", "effectivesemodule", "ecamodule"),
+    *("cecamodule", "gatherexcite", "scsemodule", "cbammodule", "lightcbammodule", "channelattn", "globalcontext"),
 )
 # A module with more modules inside is no SE block.
 _MOST_MODULES = 16
@@ -143,8 +133,10 @@ def _readers(model: nn.Module, unread: list[Missed]) -> Iterator[Reader]:
         yield reader
 
 
-def is_gate(module: nn.Module) -> bool:
+def is_gate(module: nn.Module | None) -> bool:
     """Whether the module is an SE block, or called one."""
+    if module is None:
+        return False
     if type(module) in SE_BLOCKS:
         return True
     if type(module).__name__.lower() in _GATES:
@@ -193,11 +185,8 @@ class Reader:
         self.inlined: list[str] = []
         while True:
             self.graph = trace(module, self.inlined)
-            chains = [
-                str(node.target)
-                for node in self.graph.nodes
-                if node.op == "call_module" and is_chain(self.called(node))
-            ]
+            leaves = [node for node in self.graph.nodes if node.op == "call_module"]
+            chains = [str(node.target) for node in leaves if is_chain(self.called(node))]
             if not chains:
                 break
             self.inlined += dict.fromkeys(chains)
@@ -212,7 +201,8 @@ class Reader:
         return None
 
     def convolutions(self, nodes: set[fx.Node]) -> list[nn.Module]:
-        return [m for n in nodes if (c := self.called(n)) is not None for m in c.modules() if isinstance(m, _CONVS)]
+        called = [m for m in map(self.called, nodes) if m is not None and not is_gate(m)]
+        return [m for outer in called for m in outer.modules() if isinstance(m, _CONVS)]
 
     def is_activation(self, node: Any) -> bool:
         m = self.called(node)
@@ -240,22 +230,19 @@ class Reader:
         """Whether a number, or a node that depends on no input: a parameter, perhaps reshaped."""
         if not isinstance(value, fx.Node):
             return not isinstance(value, (list, tuple))
-        return value.op == "get_attr" or (
-            value.op != "placeholder" and all(map(Reader.is_constant, value.all_input_nodes))
-        )
+        if value.op == "placeholder":
+            return False
+        return value.op == "get_attr" or all(map(Reader.is_constant, value.all_input_nodes))
 
     def behind_skips(self, node: fx.Node) -> fx.Node:
         """The node behind which stochastic depth, dropout, identities and a layer's scale stand."""
         while True:
             m = self.called(node)
-            if (m is not None and (is_known_drop_path(m) or isinstance(m, _DROPOUTS))) or (
-                node.target in _PRODUCTS and len(node.args) == 2 and self.is_constant(node.args[1])
-            ):
-                node = node.args[0]  # type: ignore[assignment]
-            elif node.target in _PRODUCTS and len(node.args) == 2 and self.is_constant(node.args[0]):
-                node = node.args[1]  # type: ignore[assignment]
-            else:
+            maps = [a for a in node.args if not self.is_constant(a)]
+            is_scaling = node.target in _PRODUCTS and len(node.args) == 2 and len(maps) == 1
+            if not is_scaling and not (m is not None and (is_known_drop_path(m) or isinstance(m, _DROPOUTS))):
                 return node
+            node = maps[0]  # type: ignore[assignment]
 
     def with_norm_and_activation(self, node: fx.Node) -> fx.Node:
         """The last node of a convolution with its norm and activation."""
@@ -308,6 +295,8 @@ class Reader:
         if node.target in ("permute", torch.permute):
             dims = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
             return self.channels_before(node, tuple(dims), last)  # type: ignore[arg-type]
+        if node.target is operator.getitem and (parts := node.all_input_nodes[0]).target in ("chunk", torch.chunk):
+            return None if last else self.channels_taken(node, tuple(u for part in parts.users for u in part.users))
         if node.op == "placeholder" or node.target in (operator.getitem, *_VIEWS):
             return None if last else self.channels_taken(node, tuple(node.users))
         for argument in node.all_input_nodes:
@@ -382,10 +371,10 @@ class Reader:
     def inverted(self, unit: _Unit) -> _Unit:
         width = self.channels(self.behind_skips(unit.end))
         for node in self.nodes:
-            if node in unit.inside and self.is_depthwise(node) and width is not None:
-                if self.called(node).out_channels > width:
-                    unit.gated = self.with_norm_and_activation(node)
-                    unit.kind = "inverted residual block"
+            is_depthwise = node in unit.inside and self.is_depthwise(node)
+            if is_depthwise and width is not None and self.called(node).out_channels > width:
+                unit.gated = self.with_norm_and_activation(node)
+                unit.kind = "inverted residual block"
         return unit
 
     def concatenations(self) -> Iterator[_Unit]:
@@ -428,11 +417,24 @@ class Reader:
             if dense is None or not self.is_dense(dense):
                 continue
             end = self.with_norm_and_activation(dense)
-            inside = {node, middle, *between, dense, end}
-            unit = _Unit("separable convolution", node.args[0], inside, end, end)  # type: ignore[arg-type]
+            source, before = self.expanded(node)
+            unit = _Unit("separable convolution", source, {*before, node, middle, *between, dense, end}, end, end)
             if self.called(node).out_channels > self.called(dense).out_channels:
                 unit.gated, unit.kind = middle, "inverted residual block"
             yield unit
+
+    def expanded(self, depthwise: fx.Node) -> tuple[fx.Node, set[fx.Node]]:
+        """The map that a depthwise convolution is computed from, and the nodes of the convolution that widens it: where
+        the module's own input is that map."""
+        before: set[fx.Node] = set()
+        node: Any = depthwise.args[0]
+        while len(node.users) == 1 and (
+            self.is_dense(node) or isinstance(self.called(node), (*_NORMS, nn.Identity)) or self.is_activation(node)
+        ):
+            before.add(node)
+            node = node.args[0]
+        is_whole = node.op == "placeholder" or is_gate(self.called(node))
+        return (node, before) if is_whole else (depthwise.args[0], set())  # type: ignore[return-value]
 
     def convolutions_with_activations(self) -> Iterator[_Unit]:
         for node in self.nodes:
@@ -453,7 +455,7 @@ class Reader:
             users = tuple(user for user in node.users if user in unit.inside)
             channels = self.channels_taken(node, users)
         elif placement == "post":
-            node, users, channels = unit.output, tuple(unit.output.users), self.channels(unit.output) or width
+            node, users, channels = unit.output, tuple(unit.output.users), self.channels(unit.output)
         elif placement == "identity":
             node, users = unit.shortcut or end, (unit.output,)
             channels = width
@@ -470,7 +472,7 @@ class Reader:
         convolutions = [m for n in self.nodes if n in unit.inside for m in self.convolutions({n})]
         if placement == "identity" and unit.shortcut is None:
             return Missed(path, unit.kind, channels, "has no shortcut that is added")
-        if self.has_gate(unit):
+        if self.has_gate(unit, placement):
             return Missed(path, unit.kind, channels, "has an SE block already")
         if channels is None:
             return Missed(path, unit.kind, None, "the number of its channels cannot be told from its layers")
@@ -481,10 +483,12 @@ class Reader:
             path, unit.kind, self.path, self.graph, tuple(self.inlined), node, users, channels, dims, convolutions[-1]
         )
 
-    def has_gate(self, unit: _Unit) -> bool:
+    def has_gate(self, unit: _Unit, placement: str) -> bool:
         around = {unit.output, unit.end, *unit.inside, *unit.output.users, *unit.end.users}
         if unit.shortcut is not None:
             around.add(unit.shortcut)
+        if placement == "pre":
+            around.add(unit.source)  # elsewhere it may be the block of the unit before
         return any(m is not None and any(is_gate(c) for c in m.modules()) for m in map(self.called, around))
 
 
