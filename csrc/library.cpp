@@ -38,15 +38,16 @@ TORCH_LIBRARY(se_ext, m) {
       tags);
 
   // A batch norm and an activation without a block behind them, for the rest of a network:
-  // y = activation(weight ⊙ norm(input) + bias). Statistics as above, and inverse = 1 / sqrt(var + eps).
+  // y = activation(drop_scale ⊙ (weight ⊙ norm(input) + bias) + residual). Statistics as above, and
+  // inverse = 1 / sqrt(var + eps).
   m.def(
-      "_bn_activation(Tensor input, Tensor? weight, Tensor? bias, bool batch_statistics, float eps, str activation) "
-      "-> (Tensor output, Tensor mean, Tensor var, Tensor inverse)",
+      "_bn_activation(Tensor input, Tensor? weight, Tensor? bias, bool batch_statistics, float eps, str activation, "
+      "Tensor? residual=None, Tensor? drop_scale=None) -> (Tensor output, Tensor mean, Tensor var, Tensor inverse)",
       tags);
   m.def(
       "_bn_activation_running(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
-      "str activation) -> Tensor",
+      "str activation, Tensor? residual=None, Tensor? drop_scale=None) -> Tensor",
       tags);
 
   // In place, for inference. They return nothing: a compiler takes what an op returns for memory of its own, and reuses
@@ -60,8 +61,8 @@ TORCH_LIBRARY(se_ext, m) {
 
   // For autograd: forward ops that leave what backward needs, and backward ops, whose arguments are the gradient, those
   // of forward, what forward left, and a mask that says which gradients are wanted; the others come back as None. In
-  // the place of the residual, `saved` is the output where post_activation's slope follows from it, else the residual;
-  // None without a residual.
+  // the place of the residual, `saved` is the output where the last activation's slope follows from it, else the
+  // residual; None without a residual.
   m.def(
       "_excite_forward(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate) "
       "-> (Tensor output, Tensor hidden)",
@@ -100,7 +101,7 @@ TORCH_LIBRARY(se_ext, m) {
       tags);
   m.def(
       "_bn_activation_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, bool batch_statistics, "
-      "float eps, str activation, Tensor mean, Tensor inverse, bool[3] mask) "
-      "-> (Tensor input, Tensor weight, Tensor bias)",
+      "float eps, str activation, Tensor? saved, Tensor? drop_scale, Tensor mean, Tensor inverse, bool[4] mask) "
+      "-> (Tensor input, Tensor weight, Tensor bias, Tensor residual)",
       tags);
 }

@@ -78,9 +78,9 @@ class Formula:
         hidden = self.activate(activation, self.layer(z, w1, b1))
         return self.activate(gate, self.layer(hidden, w2, b2))
 
-    def tail(self, u: Value, scale: Value, residual: Value | None, post_activation: str) -> Value:
-        """y = post(s ⊙ u + residual)"""
-        v = op.Mul(u, op.Unsqueeze(scale, self.spatial))
+    def tail(self, u: Value, scale: Value | None, residual: Value | None, post_activation: str) -> Value:
+        """y = post(s ⊙ u + residual), s [N, C] or [N, 1]"""
+        v = u if scale is None else op.Mul(u, op.Unsqueeze(scale, self.spatial))
         if residual is not None:
             v = op.Add(v, self.read(residual))
         return self.store(self.activate(post_activation, v))
@@ -175,11 +175,19 @@ def bn_squeeze_excite(
 
 
 def bn_activation(
-    input: Value, weight: Value | None, bias: Value | None, batch_statistics: bool, eps: float, activation: str
+    input: Value,
+    weight: Value | None,
+    bias: Value | None,
+    batch_statistics: bool,
+    eps: float,
+    activation: str,
+    residual: Value | None = None,
+    drop_scale: Value | None = None,
 ) -> tuple[Value, Value, Value, Value]:
     formula = Formula(input)
-    u, *statistics = formula.prologue(input, weight, bias, batch_statistics, eps, activation)
-    return formula.store(u), *statistics
+    u, *statistics = formula.prologue(input, weight, bias, batch_statistics, eps, "identity")
+    scale = None if drop_scale is None else op.Unsqueeze(formula.read(drop_scale), [1])
+    return formula.tail(u, scale, residual, activation), *statistics
 
 
 def table() -> dict[Any, Callable[..., Any]]:

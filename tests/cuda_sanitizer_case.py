@@ -75,8 +75,8 @@ def run(given: dict[str, Tensor]) -> list[Tensor]:
         results += [y, *torch.autograd.grad(y, [*leaves, *vectors], given["grad"])]
     results += [mean, var]
     for training in (True, False):
-        y, *statistics = torch.ops.se_ext._bn_activation(x, *vectors, training, 1e-5, "silu")
-        results += [y, *statistics, *torch.autograd.grad(y, [x, *vectors], given["grad"])]
+        y, *statistics = torch.ops.se_ext._bn_activation(x, *vectors, training, 1e-5, "silu", residual)
+        results += [y, *statistics, *torch.autograd.grad(y, [x, residual, *vectors], given["grad"])]
     with torch.no_grad():
         target = given["x"].clone()
         results.append(se_ext.squeeze_excite(target, *weights, residual=given["residual"], inplace=True).clone())

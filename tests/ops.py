@@ -57,7 +57,7 @@ KINKS = {
     "hardswish": (-3.0, 3.0),
     "hardsigmoid": (-3.0, 3.0),
 }
-# Post-activations whose slope follows from the output: a function of it.
+# Last activations whose slope follows from the output: a function of it.
 SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda y: (y > 0).to(y.dtype),
     "relu6": lambda y: ((y > 0) & (y < 6)).to(y.dtype),
@@ -212,6 +212,11 @@ class OpCase:
         return [argument.name for argument in self.op._schema.arguments]
 
     @property
+    def last_activation(self) -> str:
+        """The argument that names the last activation, behind the residual."""
+        return "post_activation" if "post_activation" in self.names else "activation"
+
+    @property
     def is_public(self) -> bool:
         return not self.name.startswith("_")
 
@@ -240,7 +245,7 @@ class OpCase:
         made = {**given, **{k: v for k, v in found.items() if k}}
         made["grad_output"] = options.map() if self.has_map else options.matrix(options.dtype)
         if "saved" in self.names:
-            post = options.post_activation
+            post = given[self.last_activation]
             absent = residual is None or post == "identity"
             made["saved"] = None if absent else output if post in SLOPES else residual
         made["mask"] = [given[k] is not None if k in given else options.residual for k in self.gradients]
@@ -377,7 +382,7 @@ class OpCase:
         At 6 relu6's slope follows from y, which is rounded to the map's dtype. (Exactly at the kinks of short sums, the
         slope is torch's: test_slopes_at_the_kinks.)
         """
-        name = "post_activation" if "post_activation" in self.names else "activation"
+        name = self.last_activation
         kinks = KINKS.get(exact_arguments.get(name, ""), ())
         if not kinks or ("gate" in self.names and name == "activation"):
             return None
@@ -546,10 +551,19 @@ def bn_squeeze_excite(**arguments: Any) -> Outputs:
 
 
 def bn_activation(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, batch_statistics: bool, eps: float, activation: str
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batch_statistics: bool,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+    drop_scale: Tensor | None,
 ) -> Outputs:
-    norm, statistics = normalise(input, weight, bias, batch_statistics, eps)
-    return reference.ACTIVATIONS[activation](norm), *statistics
+    v, statistics = normalise(input, weight, bias, batch_statistics, eps)
+    if drop_scale is not None:
+        v = v * drop_scale.view(-1, *[1] * (v.dim() - 1))
+    return reference.ACTIVATIONS[activation](v if residual is None else v + residual), *statistics
 
 
 def with_running_statistics(y: Callable[..., Tensor]) -> Callable[..., Outputs]:
@@ -586,24 +600,26 @@ def with_running_statistics(y: Callable[..., Tensor]) -> Callable[..., Outputs]:
 def backward_of(forward: Callable[..., Tensor], inputs: tuple[str, ...]) -> Callable[..., Outputs]:
     """The gradients of `inputs`, in that order, by torch's own autograd through the formula.
 
-    An argument `saved` is, as in the ops, what the post-activation's slope is computed from: the output where the slope
+    An argument `saved` is, as in the ops, what the last activation's slope is computed from: the output where the slope
     follows from it (`SLOPES`), else the residual.
     """
+    has_tail = "residual" in inputs
 
     def formula(grad_output: Tensor, mask: list[bool], **arguments: Any) -> Outputs:
-        post, saved = arguments.get("post_activation"), arguments.pop("saved", None)
+        last = "post_activation" if "post_activation" in arguments else "activation"
+        saved = arguments.pop("saved", None)
         tensors = {k: arguments[k] for k in inputs if k in arguments}
         leaves = {k: t.detach().requires_grad_() for k, t in tensors.items() if t is not None}
         grads: dict[str, Tensor] = {}
-        if post is not None:
-            if saved is not None and post in SLOPES:
-                grad_output = grad_output * SLOPES[post](saved)
-                grads["residual"], arguments["post_activation"] = grad_output, "identity"
-            elif "residual" in inputs:
+        if has_tail:
+            if saved is not None and arguments[last] in SLOPES:
+                grad_output = grad_output * SLOPES[arguments[last]](saved)
+                grads["residual"], arguments[last] = grad_output, "identity"
+            else:
                 residual = torch.zeros_like(grad_output) if saved is None else saved.detach()
                 leaves["residual"] = residual.requires_grad_()
         known = {k: v for k, v in arguments.items() if k not in SAVED or k in inputs}
-        if post is not None:
+        if has_tail:
             known["residual"] = leaves.get("residual")
         y = forward(**known | leaves)
         grads |= dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad_output), strict=True))
@@ -658,9 +674,9 @@ def of_channel(o: Options) -> tuple[int, int]:
 EXCITATION = ("w1", "b1", "w2", "b2")
 BLOCK = ("input", *EXCITATION, "residual")
 BN_BLOCK = ("input", "bn_weight", "bn_bias", *EXCITATION, "residual")
-BN = ("input", "weight", "bias")
+BN = ("input", "weight", "bias", "residual")
 CROSSED_TAIL = ("dtypes", "post_activation", "residual", "layout")
-CROSSED_BN = ("dtypes", "activation", "batch_statistics", "layout")
+CROSSED_BN = ("dtypes", "activation", "residual", "layout")
 
 CASES = [
     OpCase("squeeze", one(reference.squeeze), of_points, ("input",)),
@@ -755,7 +771,7 @@ CASES = [
         "_bn_activation_backward",
         backward_of(first(bn_activation), BN),
         of_channel,
-        forward=("_bn_activation", (None, "mean", None, "inverse")),
+        forward=("_bn_activation", ("output", "mean", None, "inverse")),
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

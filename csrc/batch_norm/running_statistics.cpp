@@ -182,13 +182,13 @@ Tensor bn_squeeze_excite(const Tensor& input, const OptionalTensor& weight, cons
 Tensor bn_activation(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
                      const OptionalTensor& batches, bool training, std::optional<double> momentum, double eps,
-                     std::string_view activation) {
+                     std::string_view activation, const OptionalTensor& residual, const OptionalTensor& drop_scale) {
   const BatchNormModule bn{weight,   bias, "weight", "bias", {running_mean, running_var, batches, momentum},
                            training, eps};
-  return with_running_statistics("bn_activation", input, bn,
-                                 [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
-                                   return ops::_bn_activation({input, a, b, batch_statistics, eps, activation});
-                                 });
+  return with_running_statistics(
+      "bn_activation", input, bn, [&](const OptionalTensor& a, const OptionalTensor& b, bool batch_statistics) {
+        return ops::_bn_activation({input, a, b, batch_statistics, eps, activation, residual, drop_scale});
+      });
 }
 
 TORCH_LIBRARY_IMPL(se_ext, CompositeImplicitAutograd, m) {

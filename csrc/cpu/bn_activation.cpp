@@ -1,31 +1,73 @@
-// A batch normalisation and an activation without a block behind them: y = activation(a ⊙ x + b).
+// A batch normalisation, a shortcut and an activation without a block behind them:
+// y = activation(drop_scale ⊙ (a ⊙ x + b) + residual).
 #include "normalization.h"
 #include "schedule.h"
 #include "scratch.h"
 
 namespace se_ext {
+namespace cpu {
+namespace {
+
+// a and b of each sample, its drop_scale in them; without one, those of the batch.
+class SampleCoefficients {
+ public:
+  SampleCoefficients(const FeatureMap& x, const OptionalTensor& drop_scale, const Vectors& v)
+      : x_(x), v_(v), drop_(Vectors::in_type(drop_scale, v.type)), drop_at_(pointer(drop_)) {}
+
+  bool are_dropped() const { return drop_.defined(); }
+  std::int64_t scratch_items() const { return 2 * rows() * x_.slab.channels; }
+  static constexpr int kPieces = 2;  // of the scratch memory
+  void compute(Scratch& scratch) {
+    const std::int64_t C = x_.slab.channels;
+    a_at_ = scratch.take(rows() * C);
+    b_at_ = scratch.take(rows() * C);
+    v_.kernels().coefficients(v_.of(x_), a_at_.base, b_at_.base);
+    // From the last sample to the first, which holds the batch's.
+    for (std::int64_t n = x_.samples - 1; are_dropped() && n >= 0; --n) {
+      v_.kernels().product(C, a_at_.base, drop_at_.at(n), nullptr, a_at_.at(n * C));
+      v_.kernels().product(C, b_at_.base, drop_at_.at(n), nullptr, b_at_.at(n * C));
+    }
+  }
+  void* a(std::int64_t n) const { return a_at_.at(are_dropped() ? n * x_.slab.channels : 0); }
+  void* b(std::int64_t n) const { return b_at_.at(are_dropped() ? n * x_.slab.channels : 0); }
+  void* drop(std::int64_t n) const { return drop_at_.at(n); }
+
+ private:
+  std::int64_t rows() const { return are_dropped() ? std::max<std::int64_t>(1, x_.samples) : 1; }
+
+  const FeatureMap& x_;
+  const Vectors& v_;
+  const at::Tensor drop_;
+  const Pointer drop_at_;
+  Pointer a_at_, b_at_;
+};
+
+}  // namespace
+}  // namespace cpu
 
 template <>
 void Backend<Cpu>::bn_activation(const ops::BnActivation& a, const ops::Activations& activations, const Tensor& y,
                                  const Statistics& statistics) {
   using namespace cpu;
   const FeatureMap x(a.input);
-  const std::int64_t C = x.slab.channels, slab = x.slab_elements();
+  const std::int64_t slab = x.slab_elements();
   Vectors v(a.norm(), x.accumulation_type());
   if (a.batch_statistics) statistics_of_batch(x, v, a.eps, statistics, /*sample_means=*/Tensor());
+  const Tensor residual = x.in_my_layout(a.residual);
 
-  Scratch scratch(2 * C, 2, x.accumulation_options());
-  const Pointer a_at = scratch.take(C), b_at = scratch.take(C), y_at(y);
-  v.kernels().coefficients(v.of(x), a_at.base, b_at.base);
-  const Schedule schedule = Schedule::of(x, 2, 0);
+  SampleCoefficients coefficients(x, a.drop_scale, v);
+  Scratch scratch(coefficients.scratch_items(), SampleCoefficients::kPieces, x.accumulation_options());
+  coefficients.compute(scratch);
+  const Pointer residual_at = pointer(residual), y_at(y);
+  const Schedule schedule = Schedule::of(x, residual.defined() ? 3 : 2, 0);
   const Tiles tiles(x);
   const PrologueKernels& map = kernels().prologue[static_cast<int>(x.dtype)];
   schedule.run_backwards(x.samples, [&](Team team, int, std::int64_t first, std::int64_t samples) {
     tiles.apply(team, first, samples, [&](std::int64_t n, Tile tile) {
       map.rescale(x.slab, tile,
-                  {{x.sample(n), a_at.base, b_at.base, Activation::Identity},
+                  {{x.sample(n), coefficients.a(n), coefficients.b(n), Activation::Identity},
                    /*scale=*/nullptr,
-                   /*residual=*/nullptr,
+                   residual_at.at(n * slab),
                    y_at.at(n * slab),
                    activations.post,
                    schedule.streaming});
@@ -33,59 +75,73 @@ void Backend<Cpu>::bn_activation(const ops::BnActivation& a, const ops::Activati
   });
 }
 
-// One pass sums up what the normalisation's gradient needs, another writes. The slope of the activation is taken from
-// x, anew in each pass: y is not read.
+// One pass sums up what the normalisation's gradient needs, another writes. Without a residual, the slope of the
+// activation is taken from x, anew in each pass: y is not read.
 template <>
 void Backend<Cpu>::bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& activations,
-                                          const Gradients<3>& to) {
+                                          const Gradients<4>& to) {
   using namespace cpu;
   const FeatureMap x(a.forward.input);
-  const auto& [grad_input, grad_weight, grad_bias] = to;
+  const auto& [grad_input, grad_weight, grad_bias, grad_residual] = to;
   const bool batch_statistics = a.forward.batch_statistics;
   const std::int64_t N = x.samples, C = x.slab.channels, slab = x.slab_elements();
   Vectors v(a.forward.norm(), x.accumulation_type());
   if (batch_statistics) v.use(a.saved);
   const Normalization norm = v.of(x);
-  const Tensor g = x.in_my_layout(a.grad_output);
+  const Tensor g = x.in_my_layout(a.grad_output), saved = x.in_my_layout(a.forward.residual);
 
-  const Schedule schedule = Schedule::of(x, 3, 0);
+  const Schedule schedule = Schedule::of(x, saved.defined() ? 4 : 3, 0);
   Reduction tiles(x, schedule, 2);
-  Scratch scratch(tiles.scratch_items() + 2 * N * C + 8 * C, 9, x.accumulation_options());
+  SampleCoefficients coefficients(x, a.forward.drop_scale, v);
+  Scratch scratch(tiles.scratch_items() + coefficients.scratch_items() + 2 * N * C + 6 * C,
+                  7 + SampleCoefficients::kPieces, x.accumulation_options());
   tiles.use(scratch.take(tiles.scratch_items()));
-  const Pointer sums_at = scratch.take(2 * N * C), totals_at = scratch.take(2 * C);
-  const Pointer a_at = scratch.take(C), b_at = scratch.take(C), zeros_at = scratch.take(C);
+  coefficients.compute(scratch);
+  const Pointer sums_at = scratch.take(2 * N * C), totals_at = scratch.take(2 * C), zeros_at = scratch.take(C);
   const Pointer grad_weight_at = scratch.take(C), slope_at = scratch.take(C), offset_at = scratch.take(C);
-  v.kernels().coefficients(norm, a_at.base, b_at.base);
   std::memset(zeros_at.base, 0, C * zeros_at.item_bytes);
 
-  const Pointer g_at(g), gx_at = pointer(grad_input);
+  const bool sums = batch_statistics || grad_weight.defined() || grad_bias.defined();
+  // The pass that sums leaves gv in the residual's gradient at full precision, or where a ReLU makes it the gradient or
+  // nothing.
+  const bool is_exact = x.tensor.scalar_type() == v.type;
+  const bool leaves_slopes =
+      sums && grad_residual.defined() &&
+      (is_exact ? activations.post != Activation::Identity : activations.post == Activation::Relu);
+  const Pointer g_at(g), saved_at = pointer(saved), gx_at = pointer(grad_input), gr_at = pointer(grad_residual);
   const PrologueKernels& map = kernels().prologue[static_cast<int>(x.dtype)];
   const auto at_sample = [&](std::int64_t n) {
-    return PrologueBackward{{x.sample(n), a_at.base, b_at.base, Activation::Identity},
+    return PrologueBackward{{x.sample(n), coefficients.a(n), coefficients.b(n), Activation::Identity},
                             g_at.at(n * slab),
                             /*scale=*/nullptr,
-                            /*saved=*/nullptr,
+                            saved_at.at(n * slab),
                             /*grad_mean=*/nullptr,
                             batch_statistics ? norm.mean : zeros_at.base,
-                            a_at.base,
+                            coefficients.a(n),
                             batch_statistics ? slope_at.base : nullptr,
                             batch_statistics ? offset_at.base : zeros_at.base,
                             gx_at.at(n * slab),
-                            /*grad_residual=*/nullptr,
+                            gr_at.at(n * slab),
                             activations.post,
-                            schedule.streaming};
+                            schedule.streaming,
+                            leaves_slopes};
   };
-  if (batch_statistics || grad_weight.defined() || grad_bias.defined()) {
+  if (sums) {
     schedule.run(N, [&](Team team, int index, std::int64_t first, std::int64_t samples) {
       tiles.reduce(team, index, first, samples, 1, sums_at,
-                   [&](std::int64_t n, Tile tile, void* sums) { map.backward_sums(x.slab, tile, at_sample(n), sums); });
+                   [&](std::int64_t n, Tile tile, void* of_n) { map.backward_sums(x.slab, tile, at_sample(n), of_n); });
+      if (!coefficients.are_dropped()) return;
+      for_each_sample(team, first, samples, [&](std::int64_t n) {  // of the gradient in front of drop_scale
+        void* const of_n = sums_at.at(2 * n * C);
+        v.kernels().product(2 * C, of_n, coefficients.drop(n), nullptr, of_n);
+      });
     });
     v.sums().sum_samples(N, 2 * C, sums_at.base, totals_at.base);
     v.kernels().backward_coefficients(norm, totals_at.base, grad_weight_at.base, slope_at.base, offset_at.base);
     write_gradient(x, grad_weight_at, grad_weight);
     write_gradient(x, totals_at, grad_bias);
   }
-  if (grad_input.defined()) {
+  if (grad_input.defined() || (grad_residual.defined() && !leaves_slopes)) {
     schedule.run_backwards(N, [&](Team team, int, std::int64_t first, std::int64_t samples) {
       tiles.apply(team, first, samples,
                   [&](std::int64_t n, Tile tile) { map.backward_apply(x.slab, tile, at_sample(n)); });

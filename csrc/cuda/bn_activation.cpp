@@ -1,5 +1,5 @@
-// A batch normalisation and an activation without a block behind them: y = activation(a ⊙ x + b). The kernels are those
-// of the block, with a scale of ones.
+// A batch normalisation, a shortcut and an activation without a block behind them:
+// y = activation(drop_scale ⊙ (a ⊙ x + b) + residual). The kernels are those of the block, with a scale of ones.
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
@@ -14,7 +14,8 @@ void Backend<Cuda>::bn_activation(const ops::BnActivation& a, const ops::Activat
   const FeatureMap x = aligned_map(a.input);
   const std::int64_t C = x.slab.channels;
   Vectors v(a.norm(), x.accumulation_type());
-  const Batch batch = batch_of(x, is_streaming(x, 2));
+  const Tensor r = aligned_like(x, a.residual), drop = vector_in(a.drop_scale, x.accumulation_type());
+  const Batch batch = batch_of(x, is_streaming(x, r.defined() ? 3 : 2));
   Scratch scratch(2 * C, 2, x.accumulation_options());
   void* const a_at = scratch.take(C);
   void* const b_at = scratch.take(C);
@@ -24,27 +25,28 @@ void Backend<Cuda>::bn_activation(const ops::BnActivation& a, const ops::Activat
     C10_CUDA_CHECK(coefficients(v.of(x), x.dtype == DType::Float64, a_at, b_at, batch.stream));
   }
   const Tensor ones = at::ones({x.samples, C}, x.accumulation_options());
-  C10_CUDA_CHECK(
-      write_prologue_rescale(batch, {a_at, b_at, Activation::Identity}, /*drop=*/nullptr,
-                             {data(x.tensor), data(ones), /*residual=*/nullptr, writable(y), activations.post}));
+  C10_CUDA_CHECK(write_prologue_rescale(batch, {a_at, b_at, Activation::Identity}, data(drop),
+                                        {data(x.tensor), data(ones), data(r), writable(y), activations.post}));
 }
 
 // One pass sums up what the normalisation's gradient needs, another writes.
 template <>
 void Backend<Cuda>::bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& activations,
-                                           const Gradients<3>& to) {
+                                           const Gradients<4>& to) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.forward.input);
   const std::int64_t N = x.samples, C = x.slab.channels;
-  const auto& [grad_input, grad_weight, grad_bias] = to;
+  const auto& [grad_input, grad_weight, grad_bias, grad_residual] = to;
   const bool is_double = x.dtype == DType::Float64, batch_statistics = a.forward.batch_statistics;
   Vectors v(a.forward.norm(), x.accumulation_type());
   if (batch_statistics) v.use(a.saved, x.accumulation_type());
   const Normalization norm = v.of(x);
-  const Tensor g = aligned_like(x, a.grad_output);
+  const Tensor g = aligned_like(x, a.grad_output), saved = aligned_like(x, a.forward.residual);
+  const Tensor drop = vector_in(a.forward.drop_scale, x.accumulation_type());
   const Tensor ones = at::ones({N, C}, x.accumulation_options()), zeros = at::zeros({N, C}, x.accumulation_options());
 
-  const Batch batch = batch_of(x, is_streaming(x, 3));
+  const int read = saved.defined() ? 3 : 2, written = grad_input.defined() + grad_residual.defined();
+  const Batch batch = batch_of(x, is_streaming(x, read + written));
   const std::int64_t partials = partial_items(batch, N, 2);
   Scratch scratch(partials + 2 * N * C + 6 * C, 8, x.accumulation_options());
   const Sums sums{scratch.take(2 * N * C), scratch.take(partials), 1};
@@ -58,26 +60,26 @@ void Backend<Cuda>::bn_activation_backward(const ops::BnActivationBackward& a, c
   const RescaleBackward maps{data(g),
                              data(x.tensor),
                              data(ones),
-                             /*saved=*/nullptr,
+                             data(saved),
                              data(zeros),
                              writable(grad_input),
-                             /*grad_residual=*/nullptr,
+                             writable(grad_residual),
                              activations.post};
   const PrologueBackward prologue{{a_at, b_at, Activation::Identity},
-                                  /*drop=*/nullptr,
+                                  data(drop),
                                   norm.mean,
                                   batch_statistics ? slope : nullptr,
                                   batch_statistics ? offset : nullptr};
   if (batch_statistics || grad_weight.defined() || grad_bias.defined()) {
     C10_CUDA_CHECK(sum_prologue_backward(batch, prologue, maps, sums));
     C10_CUDA_CHECK(batch_backward(norm, is_double,
-                                  {sums.sums, data(ones), /*drop=*/nullptr, data(zeros), /*sample_means=*/data(zeros),
+                                  {sums.sums, data(ones), data(drop), data(zeros), /*sample_means=*/data(zeros),
                                    /*has_activation=*/false, weight.sums(), bias.sums(), slope, offset},
                                   batch.stream));
     weight.write_back();
     bias.write_back();
   }
-  if (grad_input.defined()) C10_CUDA_CHECK(write_prologue_backward(batch, prologue, maps));
+  if (written > 0) C10_CUDA_CHECK(write_prologue_backward(batch, prologue, maps));
 }
 
 }  // namespace se_ext

@@ -77,11 +77,11 @@ Tensor scale_of(const Tensor& z, const ops::Excitation& e, const ops::Activation
   return activate(activations.gate, layer(activate(activations.activation, layer(z, e.w1, e.b1)), e.w2, e.b2));
 }
 
-// scale ⊙ x + residual
+// scale ⊙ x + residual, scale [N] or [N, C]
 Tensor weigh(const Tensor& x, const Tensor& scale, const OptionalTensor& residual) {
   const auto type = accumulation_type(x.scalar_type());
   Tensor s = scale.to(type);
-  for (int64_t d = 2; d < x.dim(); ++d) s = s.unsqueeze(-1);
+  while (s.dim() < x.dim()) s = s.unsqueeze(-1);
   const Tensor v = s * x.to(type);
   return residual.has_value() ? v + residual->to(type) : v;
 }
@@ -119,13 +119,17 @@ Tensor dropped(const Tensor& scale, const OptionalTensor& drop_scale) {
   return drop_scale.has_value() ? scale * drop_scale->to(scale.scalar_type()).unsqueeze(1) : scale;
 }
 
-// v = scale ⊙ u (+ residual) of the ops with an excitation, before post.
+// v = scale ⊙ u (+ residual), before post.
 Tensor weighed(const ops::SqueezeExcite& a, const ops::Activations& activations, const OptionalTensor& residual) {
   return weigh(a.input, scale_of(spatial_mean(a.input), a.excitation, activations), residual);
 }
 Tensor weighed(const ops::BnSqueezeExcite& a, const ops::Activations& activations, const Tensor& u,
                const OptionalTensor& residual) {
   return weigh(u, dropped(scale_of(spatial_mean(u), a.excitation(), activations), a.drop_scale), residual);
+}
+Tensor weighed(const ops::BnActivation& a, const Tensor& u, const OptionalTensor& residual) {
+  if (a.drop_scale.has_value()) return weigh(u, *a.drop_scale, residual);
+  return residual.has_value() ? u + residual->to(u.scalar_type()) : u;
 }
 
 // ---- differentiable backward ----
@@ -220,8 +224,8 @@ std::tuple<Tensor, Tensor, Tensor> compute(const ops::BnSqueezeExcite& a) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const ops::BnActivation& a) {
   const ops::Activations activations = a.check();
-  const Prologue p = prologue(a.input, a.norm(), activations.post);
-  const Tensor y = p.u.to(a.input.scalar_type());
+  const Prologue p = prologue(a.input, a.norm(), Activation::Identity);
+  const Tensor y = activate(activations.post, weighed(a, p.u, a.residual)).to(a.input.scalar_type());
   if (a.batch_statistics) return {y, p.mean.detach(), p.var.detach(), p.inverse.detach()};
   const auto none = [&] { return at::empty({0}, p.u.options()); };
   return {y, none(), none(), none()};
@@ -274,13 +278,16 @@ std::array<Tensor, 8> compute(const ops::BnSqueezeExciteBackward& a) {
                        {x, weight, bias, w1, b1, w2, b2}, a.mask);
 }
 
-std::array<Tensor, 3> compute(const ops::BnActivationBackward& a) {
+std::array<Tensor, 4> compute(const ops::BnActivationBackward& a) {
   const ops::Activations activations = a.check();
   const Recording recording;
-  const Tensor x = stand_in(a.forward.input);
-  const OptionalTensor weight = stand_in(a.forward.weight), bias = stand_in(a.forward.bias);
-  const Tensor u = prologue(x, {weight, bias, a.forward.batch_statistics, a.forward.eps}, activations.post).u;
-  return gradients(recording, u, a.grad_output, {x, weight, bias}, a.mask);
+  const ops::BnActivation& f = a.forward;
+  const Tensor x = stand_in(f.input);
+  const OptionalTensor weight = stand_in(f.weight), bias = stand_in(f.bias);
+  const auto v = [&](const OptionalTensor& residual) {
+    return weighed(f, prologue(x, {weight, bias, f.batch_statistics, f.eps}, Activation::Identity).u, residual);
+  };
+  return tail_backward(recording, a.grad_output, v, f.residual, activations.post, {x, weight, bias}, a.mask);
 }
 
 }  // namespace se_ext::formula

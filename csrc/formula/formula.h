@@ -23,6 +23,6 @@ std::array<Tensor, 5> compute(const ops::ExciteBackward& a);
 std::array<Tensor, 3> compute(const ops::RescaleBackward& a);
 std::array<Tensor, 6> compute(const ops::SqueezeExciteBackward& a);
 std::array<Tensor, 8> compute(const ops::BnSqueezeExciteBackward& a);
-std::array<Tensor, 3> compute(const ops::BnActivationBackward& a);
+std::array<Tensor, 4> compute(const ops::BnActivationBackward& a);
 
 }  // namespace se_ext::formula

@@ -1,5 +1,5 @@
 // Autograd for the public ops, in C++. Saved for backward: the inputs, the small z, hidden and scale, and of full size
-// only what the post-activation's slope needs (see RescaleBackward in params.h).
+// only what the last activation's slope needs (see RescaleBackward in params.h).
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/stack.h>
@@ -116,9 +116,19 @@ constexpr std::size_t residual_of() {
   return i;
 }
 
+// The tail of A's arguments.
+template <class A>
+ops::Tail tail_of(const A& a) {
+  if constexpr (requires { a.tail(); }) {
+    return a.tail();
+  } else {
+    return a.tail;
+  }
+}
+
 // What backward needs in the residual's place, besides x and scale.
 Tensor saved_for(const char* op, const ops::Tail& tail, const Tensor& output) {
-  const Activation post = parse_activation(op, "post_activation", tail.post_activation);
+  const Activation post = parse_activation(op, "the last activation", tail.post_activation);  // checked already
   if (!tail.residual.has_value() || post == Activation::Identity) return Tensor();
   return slope_from_output(post) ? output : *tail.residual;
 }
@@ -194,8 +204,8 @@ struct Node : torch::autograd::Function<Node<Recording>> {
     Kept kept;
     (kept.add(arguments), ...);
     if constexpr (kHasTail) {
-      kept.tensors[kResidual] = saved_for(A::name, a.tail, output);
-      kept.add(a.tail.residual.has_value());
+      kept.tensors[kResidual] = saved_for(A::name, tail_of(a), output);
+      kept.add(tail_of(a).residual.has_value());
     }
     [&]<std::size_t... i>(std::index_sequence<i...>) {
       (kept.add(std::get<i>(computed)), ...);
@@ -223,7 +233,7 @@ struct Node : torch::autograd::Function<Node<Recording>> {
     bool passes_on = false;
     if constexpr (kHasTail) {
       const A a = std::apply([](const auto&... argument) { return A{argument...}; }, arguments);
-      passes_on = mask[kResidual] && a.tail.post_activation == "identity";
+      passes_on = mask[kResidual] && tail_of(a).post_activation == "identity";
       if (passes_on) mask[kResidual] = false;
     }
     const auto computed = std::apply([](const auto&... argument) { return Recording::Backward::call(argument...); },

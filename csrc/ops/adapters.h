@@ -63,7 +63,7 @@ struct Backend {
   static void bn_activation(const ops::BnActivation& a, const ops::Activations& activations, const Tensor& y,
                             const Statistics& statistics);
   static void bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& activations,
-                                     const Gradients<3>& to);
+                                     const Gradients<4>& to);
 };
 
 // Of forward's differentiable arguments: maps in the input's layout, weights contiguous.

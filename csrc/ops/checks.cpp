@@ -135,13 +135,15 @@ void excitation(const char* op, const Tensor& input, const ops::Excitation& e, A
   parsed.gate = parse_gate(op, e.gate);
 }
 
-void tail(const char* op, const Tensor& input, const ops::Tail& tail, Activations& parsed) {
+// `name` is that of the activation.
+void tail(const char* op, const Tensor& input, const ops::Tail& tail, Activations& parsed,
+          const char* name = "post_activation") {
   if (tail.residual.has_value()) {
     device(op, "residual", *tail.residual, input);
     dtype(op, "residual", *tail.residual, input.scalar_type());
     shape(op, "residual", *tail.residual, input.sym_sizes());
   }
-  parsed.post = parse_activation(op, "post_activation", tail.post_activation);
+  parsed.post = parse_activation(op, name, tail.post_activation);
 }
 
 // Of each channel, for a batch norm that is training.
@@ -302,13 +304,14 @@ Activations BnSqueezeExcite::check(const char* op) const {
   return parsed;
 }
 
-// Its activation stands behind the map and takes the place of post.
+// Its activation is the last one: post.
 Activations BnActivation::check(const char* op) const {
   checks::map(op, input);
   checks::vector(op, "weight", weight, input, input.sym_size(1));
   checks::vector(op, "bias", bias, input, input.sym_size(1));
   Activations parsed;
-  parsed.post = parse_activation(op, "activation", activation);
+  checks::tail(op, input, tail(), parsed, "activation");
+  checks::vector(op, "drop_scale", drop_scale, input, input.sym_size(0));
   if (batch_statistics) checks::more_than_one_value(op, input);
   return parsed;
 }

@@ -176,12 +176,19 @@ struct BnActivation {
   bool batch_statistics;
   double eps;
   std::string_view activation;
+  const OptionalTensor& residual;
+  const OptionalTensor& drop_scale;
 
   BatchNorm norm() const { return {weight, bias, batch_statistics, eps}; }
+  Tail tail() const { return {residual, activation}; }
 
-  static constexpr TensorInfo tensors[] = {{"input", Role::Map}, {"weight", Role::Weight}, {"bias", Role::Weight}};
+  static constexpr TensorInfo tensors[] = {{"input", Role::Map},
+                                           {"weight", Role::Weight},
+                                           {"bias", Role::Weight},
+                                           {"residual", Role::Residual},
+                                           {"drop_scale", Role::Drawn}};
   static constexpr const char* name = "bn_activation";
-  auto flat() const { return flat_list(input, weight, bias, batch_statistics, eps, activation); }
+  auto flat() const { return flat_list(input, weight, bias, batch_statistics, eps, activation, residual, drop_scale); }
   Activations check(const char* op = name) const;
 };
 
@@ -204,7 +211,7 @@ using ExciteBackward = Backward<Excite, SavedExcite, 5>;
 using RescaleBackward = Backward<Rescale, void, 3>;
 using SqueezeExciteBackward = Backward<SqueezeExcite, SavedExcitation, 6>;
 using BnSqueezeExciteBackward = Backward<BnSqueezeExcite, SavedBnSqueezeExcite, 8>;
-using BnActivationBackward = Backward<BnActivation, SavedStatistics, 3>;
+using BnActivationBackward = Backward<BnActivation, SavedStatistics, 4>;
 
 inline constexpr Op<"squeeze", Squeeze, 1> squeeze;
 inline constexpr Op<"excite", Excite, 1> excite;
@@ -224,7 +231,7 @@ inline constexpr Op<"_excite_backward", ExciteBackward, 5> _excite_backward;
 inline constexpr Op<"_rescale_backward", RescaleBackward, 3> _rescale_backward;
 inline constexpr Op<"_squeeze_excite_backward", SqueezeExciteBackward, 6> _squeeze_excite_backward;
 inline constexpr Op<"_bn_squeeze_excite_backward", BnSqueezeExciteBackward, 8> _bn_squeeze_excite_backward;
-inline constexpr Op<"_bn_activation_backward", BnActivationBackward, 3> _bn_activation_backward;
+inline constexpr Op<"_bn_activation_backward", BnActivationBackward, 4> _bn_activation_backward;
 
 // How an op is recorded for autograd: what runs forward, what runs backward, and which of forward's results backward
 // gets, in the order of its arguments. Forward's first results are those of the op. Each has a type of its own, whose

@@ -36,6 +36,8 @@ _SHAPE_FUNCTIONS = frozenset({getattr, operator.getitem, torch.flatten, torch.re
 _ARITHMETIC = frozenset({operator.add, operator.mul, operator.sub, operator.floordiv, operator.truediv})
 _POOLS: dict[type[nn.Module], int] = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3}
 _POOL_FUNCTIONS = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3}
+# Not those in place: they write into the input.
+PRODUCTS = (operator.mul, torch.mul, "mul")
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -83,6 +85,40 @@ def _at(module: Any, path: str) -> Any:
 
 def _name_at(module: Any, what: tuple[str, bool], known: dict[str, type[nn.Module]]) -> str | None:
     return known_activation(_at(module, what[0]), known) if what[1] else what[0]
+
+
+def pool_of(module: nn.Module, node: fx.Node, x: fx.Node) -> tuple[int, bool] | None:
+    """The spatial dims of a node that is the global average pool of x, and whether the channels are last."""
+    if not node.args or node.args[0] is not x:
+        return None
+    if node.op == "call_module":
+        m: Any = module.get_submodule(str(node.target))
+        dims = _POOLS.get(type(m), 0)
+        return (dims, False) if dims and m.output_size in (1, (1,) * dims, [1] * dims) else None
+    if node.op == "call_function" and node.target in _POOL_FUNCTIONS:
+        dims = _POOL_FUNCTIONS[node.target]
+        size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+        return (dims, False) if size in (1, (1,) * dims, [1] * dims) else None
+    return (
+        {
+            (2, 3): (2, False),
+            (-2, -1): (2, False),
+            (2, 3, 4): (3, False),
+            (-3, -2, -1): (3, False),
+            (1, 2): (2, True),
+        }.get(_dim_of(node))
+        if _is_mean(node)
+        else None
+    )
+
+
+def _is_mean(node: fx.Node) -> bool:
+    return (node.op, node.target) == ("call_method", "mean") or node.target is torch.mean
+
+
+def _dim_of(node: fx.Node) -> Any:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis"))
+    return (dim,) if isinstance(dim, int) else tuple(sorted(dim)) if isinstance(dim, (tuple, list)) else None
 
 
 def block_in(module: nn.Module, graph: fx.Graph) -> Block | None:
@@ -136,33 +172,14 @@ class _Reader:
         return Block((one, two), activation, gate, dims, channels_last, adds_input, tuple(self.identities))
 
     def pool(self, node: fx.Node, views: set[Any]) -> tuple[int | None, bool] | None:
-        """The spatial dims of a global average pool, and whether the channels are last."""
-        if not node.args or node.args[0] not in views:
-            return None
-        if node.op == "call_module":
-            m = self.module.get_submodule(str(node.target))
-            if type(m) in _POOLS and m.output_size in (1, (1,) * _POOLS[type(m)], [1] * _POOLS[type(m)]):
+        pool = pool_of(self.module, node, self.input)
+        if pool is not None:
+            if node.op == "call_module":
                 self.identities.append(str(node.target))
-                return (_POOLS[type(m)], False) if node.args[0] is self.input else None
-            return None
-        if node.op == "call_function" and node.target in _POOL_FUNCTIONS:
-            dims = _POOL_FUNCTIONS[node.target]
-            size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-            return (dims, False) if size in (1, (1,) * dims, [1] * dims) and node.args[0] is self.input else None
-        is_mean = (node.op, node.target) == ("call_method", "mean") or node.target is torch.mean
-        if not is_mean:
-            return None
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis"))
-        dim = (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, (tuple, list)) else None
-        if node.args[0] is not self.input:  # x.flatten(2).mean(-1)
-            return (None, False) if dim in ((-1,), (2,)) else None
-        if dim in ((2, 3), (-2, -1), (3, 2), (-1, -2)):
-            return 2, False
-        if dim in ((2, 3, 4), (-3, -2, -1)):
-            return 3, False
-        if dim == (1, 2):
-            return 2, True
-        return None
+            return pool
+        # x.flatten(2).mean(-1)
+        is_of_view = bool(node.args) and node.args[0] in views and node.args[0] is not self.input
+        return (None, False) if is_of_view and _is_mean(node) and _dim_of(node) in ((-1,), (2,)) else None
 
     def part(self, node: fx.Node, index: int) -> Any:
         """The layer, activation, layer or gate that a node is, by index; "" for the identity, None for another."""
@@ -184,7 +201,7 @@ class _Reader:
         return None
 
     def is_product(self, node: fx.Node, pooled: set[Any]) -> bool:
-        if node.target not in (operator.mul, operator.imul, torch.mul, "mul", "mul_") or len(node.args) != 2:
+        if node.target not in PRODUCTS or len(node.args) != 2:
             return False
         a, b = node.args
         return (a is self.input and b in pooled) or (b is self.input and a in pooled)
@@ -206,6 +223,9 @@ class _Reader:
 
     @staticmethod
     def is_view(node: fx.Node) -> bool:
+        if node.target is operator.getitem:
+            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            return all(i is None or i is Ellipsis or i == slice(None) for i in index)
         if node.op == "call_function":
-            return node.target in _SHAPE_FUNCTIONS and node.target not in (getattr, operator.getitem)
+            return node.target in _SHAPE_FUNCTIONS and node.target is not getattr
         return node.op == "call_method" and node.target in _SHAPE_METHODS

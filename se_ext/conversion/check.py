@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .compare import TOLERANCE, Results, largest_difference
 from .fused_class import Recipe, convert_instance
 from .trace import LIBRARIES
 
@@ -20,7 +21,7 @@ class Checker:
         self.results: dict[Any, str] = {}
 
     def difference(self, module: nn.Module, recipe: Recipe) -> str:
-        """What is wrong with a conversion of an SE block; empty if nothing."""
+        """What is wrong with a conversion of an SE block or a relative; empty if nothing."""
         layers = [m for m in module.modules() if isinstance(getattr(m, "weight", None), torch.Tensor)]
         key = (type(module), recipe, tuple(type(m) for m in module.modules()), tuple(m.bias is None for m in layers))
         if key not in self.results:
@@ -50,8 +51,7 @@ def _difference(module: nn.Module, recipe: Recipe) -> str:
             results = [_output_and_gradients(m, x) for m in (original, converted)]
         except Exception as error:
             return f"cannot be run for a comparison ({type(error).__name__}: {error})"
-    # 1e-6: ATen's hardsigmoid has its slope, 1/6, in float32.
-    if all((a - b).abs().max() <= 1e-6 * b.abs().max() for a, b in zip(*results, strict=True)):
+    if largest_difference(results[1], results[0]) <= TOLERANCE:
         return ""
     return "computes something else than its structure says"
 
@@ -63,20 +63,25 @@ def _random_copy(module: nn.Module) -> nn.Module:
             hooks.clear()
     for parameter in copied.parameters():
         nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    for buffer in copied.buffers():
+        buffer.copy_(torch.rand(buffer.shape) + 0.5)
     return copied
 
 
 def _input(module: nn.Module, recipe: Recipe) -> torch.Tensor:
-    block: Any = recipe.block
-    weight: Any = module.get_submodule(block.layers[0]).weight
-    spatial = (5, 4, 3)[: block.dims or 2]
-    shape = (2, *spatial, weight.shape[1]) if block.channels_last else (2, weight.shape[1], *spatial)
+    block = recipe.block
+    layers: Any = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))]
+    channels = layers[0].weight.shape[1] if layers else 8
+    spatial = (5, 4, 3)[: (block.dims if block else 2) or 2]
+    shape = (3, *spatial, channels) if block and block.channels_last else (3, channels, *spatial)
     return torch.randn(shape, dtype=torch.float64)
 
 
-def _output_and_gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+def _output_and_gradients(module: nn.Module, x: torch.Tensor) -> Results:
+    torch.manual_seed(0)  # dropout
     x = x.clone().requires_grad_()
     output = type(module).forward(module, x)
-    wanted = [x, *module.parameters()]
+    wanted = {"input": x, **dict(module.named_parameters())}
     weights = torch.linspace(1, 2, output.numel(), dtype=x.dtype).view_as(output)
-    return [output.detach(), *torch.autograd.grad(output, wanted, weights)]
+    gradients = torch.autograd.grad(output, list(wanted.values()), weights)
+    return {"output": output.detach()} | {f"gradient of {n}": g for n, g in zip(wanted, gradients, strict=True)}

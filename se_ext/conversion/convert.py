@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from .._known import SE_BLOCKS, is_called_plainly
-from .blocks import Block, block_in
+from .blocks import block_in
 from .check import Checker
 from .fused_class import Recipe, convert_instance, is_converted, restore
+from .gates import gate_in
 from .neighbours import Container, is_norm, is_norm_act
 from .report import ConversionReport, Row
 from .steps import norm_act, squeeze_excite
@@ -77,17 +78,18 @@ def convert(
     reference = Reference(model, verify) if verify is not False else None
     report = ConversionReport()
     recipes = dict(_block_recipes(model, where, report))
-    is_new = {id(model.get_submodule(path)) for path in recipes}
+    is_new = {id(model.get_submodule(path)) for path, recipe in recipes.items() if recipe.block is not None}
 
     def is_block(module: nn.Module) -> bool:
         return id(module) in is_new or type(module) in SE_BLOCKS
 
-    if not any(is_block(m) for m in model.modules()):
+    if not recipes and not any(is_block(m) or is_converted(m) for m in model.modules()):
         report.message = "convert: found no SE block that it can convert; nothing was changed"
         return report
+    inside = {id(m) for path in recipes for m in model.get_submodule(path).modules()}
     if fuse:
         recipes |= _norm_recipes(model, where, report)
-        recipes |= _container_recipes(model, where, report, is_block)
+        recipes |= _container_recipes(model, where, report, is_block, inside)
     for path, recipe in recipes.items():
         convert_instance(model.get_submodule(path), recipe)
     if not recipes and not report.skipped:
@@ -149,25 +151,40 @@ def _block_recipes(model: nn.Module, where: Where | None, report: ConversionRepo
         if id(module) in inside or type(module) in SE_BLOCKS or not _may_be_block(module):
             continue
         try:
-            block = block_in(module, trace(module, _chains_in(module)))
+            recipe, shape, what = _recipe_of_block(module)
         except NotTraceable as reason:
             if _is_called_one(module):
                 report.skipped.append(_row(path, module, "", str(reason)))
             continue
-        if block is None:
-            if _is_called_one(module):
-                report.skipped.append(_row(path, module, "", "not the structure of an SE block"))
-            continue
         inside.update(id(m) for m in module.modules())
-        recipe = _block_recipe(block)
-        shape = _shape(module, block)
         if where is not None and not where(path, module):
             report.skipped.append(_row(path, module, shape, "where said no"))
         elif difference := checker.difference(module, recipe):
             report.skipped.append(_row(path, module, shape, difference))
         else:
-            report.converted.append(_row(path, module, shape, "SE block" + _hooks(module)))
+            report.converted.append(_row(path, module, shape, what + _hooks(module)))
             yield path, recipe
+
+
+def _recipe_of_block(module: nn.Module) -> tuple[Recipe, str, str]:
+    """The recipe of an SE block or of a relative, its shape, and what it is.
+
+    Raises:
+        NotTraceable: the module is neither.
+    """
+    chains = [path for path, m in module.named_modules() if path and is_chain(m)]
+    graph = trace(module, chains)
+    block = block_in(module, graph)
+    if block is not None:
+        weight: Any = module.get_submodule(block.layers[0]).weight
+        shape = f"{weight.shape[1]} → {weight.shape[0]}" if isinstance(weight, Tensor) and weight.dim() > 1 else ""
+        source = "def forward(self, x):\n    return _squeeze_excite(self, x)\n"
+        recipe = Recipe(source, (("_squeeze_excite", squeeze_excite.__module__, "squeeze_excite"),), block)
+        return recipe, shape, "SE block"
+    gate = gate_in(module, graph, chains)
+    if gate is not None:
+        return gate, "", "pool and product of a gate"
+    raise NotTraceable("has not the structure of an SE block")
 
 
 def _may_be_block(module: nn.Module) -> bool:
@@ -184,20 +201,6 @@ def _is_called_one(module: nn.Module) -> bool:
     """Whether a reader of the report would ask about the module."""
     name = type(module).__name__.lower()
     return "squeeze" in name or "excit" in name or name in ("se", "selayer", "semodule", "seblock")
-
-
-def _chains_in(module: nn.Module) -> list[str]:
-    return [path for path, m in module.named_modules() if path and is_chain(m)]
-
-
-def _block_recipe(block: Block) -> Recipe:
-    source = "def forward(self, x):\n    return _squeeze_excite(self, x)\n"
-    return Recipe(source, (("_squeeze_excite", squeeze_excite.__module__, "squeeze_excite"),), block)
-
-
-def _shape(module: nn.Module, block: Block) -> str:
-    weight: Any = module.get_submodule(block.layers[0]).weight
-    return f"{weight.shape[1]} → {weight.shape[0]}" if isinstance(weight, Tensor) and weight.dim() > 1 else ""
 
 
 # ---- neighbours ----
@@ -219,10 +222,16 @@ def _norm_recipes(model: nn.Module, where: Where | None, report: ConversionRepor
 
 
 def _container_recipes(
-    model: nn.Module, where: Where | None, report: ConversionReport, is_block: Callable[[nn.Module], bool]
+    model: nn.Module,
+    where: Where | None,
+    report: ConversionReport,
+    is_block: Callable[[nn.Module], bool],
+    inside: set[int],
 ) -> Iterator[tuple[str, Recipe]]:
     for path, module in model.named_modules():
-        if is_converted(module) or is_block(module) or is_norm_act(module) or not _has_neighbours(module, is_block):
+        if id(module) in inside or is_converted(module) or is_block(module) or is_norm_act(module):
+            continue
+        if not _has_neighbours(module, is_block):
             continue
         if where is not None and not where(path, module):
             report.skipped.append(_row(path, module, "", "where said no"))

@@ -78,7 +78,7 @@ class Converted:
 
 
 def convert_instance(module: nn.Module, recipe: Recipe) -> None:
-    object.__setattr__(module, "__class__", _class(type(module), recipe))
+    object.__setattr__(module, "__class__", _class(type(module), recipe))  # type: ignore[arg-type]
 
 
 def restore(module: Any) -> None:
@@ -91,7 +91,7 @@ def is_converted(module: nn.Module) -> bool:
 
 
 def _new(original: type[nn.Module], recipe: Recipe) -> nn.Module:
-    cls = _class(original, recipe)
+    cls = _class(original, recipe)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

@@ -71,10 +71,9 @@ def batch_norm(bn: Any, act: Act, input: Tensor, drop_path: Any = None, residual
         if known is not None:
             normalization, own = known
             if own == "identity" or (name == "identity" and residual is None and drop_path is None):
-                if residual is not None or drop_path is not None:
-                    return _end(_ops.bn_activation_running(input, *normalization, "identity"), act, drop_path, residual)
+                drop_scale = drop_scale_of(drop_path, input)
                 name = own if name == "identity" else name
-                return _ops.bn_activation_running(input, *normalization, name)
+                return _ops.bn_activation_running(input, *normalization, name, residual, drop_scale)
     return _end(bn(input), act, drop_path, residual)
 
 
@@ -186,6 +185,30 @@ def _squeeze_excite(layers: Any, input: Tensor, adds_input: bool) -> Tensor:
     if excitation is None:
         return _ops.rescale(input, called_excitation(layers, input), residual, "identity")
     return _ops.squeeze_excite(input, *excitation, activation, gate, residual, "identity")
+
+
+# ---- relatives of the SE block ----
+
+
+def pool(module: Any, input: Tensor, keepdim: bool) -> Tensor:
+    """The mean over the spatial dims of a map [N, C, H, W]: [N, C, 1, 1] or [N, C]. module: the pool that the original
+    calls, or None."""
+    if not isinstance(input, Proxy) and input.dim() != 4:  # one image
+        return input.mean((-2, -1), keepdim=keepdim) if module is None else module(input)
+    if module is not None and not is_called_plainly(module):
+        return module(input)
+    z = _ops.squeeze(input)
+    return z[:, :, None, None] if keepdim else z
+
+
+def rescale(input: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
+    """gate ⊙ input + residual, fused where the gate is one number per sample and channel."""
+    if isinstance(input, Tensor) and isinstance(gate, Tensor) and gate.dtype == input.dtype and input.dim() == 4:
+        is_gate = gate.shape == (*input.shape[:2], 1, 1) or (gate.stride()[2:] == (0, 0) and gate.shape == input.shape)
+        if is_gate and (residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)):
+            return _ops.rescale(input, gate[:, :, 0, 0], residual, "identity")
+    v = input * gate
+    return v if residual is None else v + residual
 
 
 # ---- stochastic depth ----

@@ -57,7 +57,7 @@ def trace(module: nn.Module, inlined: Collection[str] = ()) -> fx.Graph:
         raise NotTraceable(str(error)) from error
     if len(arguments) != 2 or arguments[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         raise NotTraceable("forward has not exactly one argument")
-    if cls.__module__.partition(".")[0] not in LIBRARIES and has_side_effects(cls):
+    if cls.__module__.partition(".")[0] not in LIBRARIES and has_side_effects(cls):  # type: ignore[arg-type]
         raise NotTraceable("forward may have side effects")
     opened = [module, *(module.get_submodule(path) for path in inlined)]
     before = [dict(m.__dict__) for m in opened]

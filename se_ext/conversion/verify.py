@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compare import TOLERANCE, Results, largest_difference
 from .fused_class import is_converted, restore
 from .report import ConversionReport, Row
-
-# Of the largest value. Float64 rounds at 1e-16, and a network multiplies that by some thousands; but the slope of
-# ATen's hardsigmoid, 1/6, is in float32.
-TOLERANCE = 1e-6
-Results = dict[str, Tensor]
 
 
 class Reference:
@@ -43,15 +39,7 @@ class Reference:
                     self.revert(model, path, report)
 
     def difference(self, model: nn.Module) -> float:
-        """The largest, relative to the largest value of each tensor. A gradient can be zero but for rounding (that of a
-        bias in front of a batch norm), so that a thousandth of the largest gradient stands for what is smaller."""
-        results = _results(copy.deepcopy(model), self.batch)
-        gradients = [g for name, g in self.expected.items() if name.startswith("gradient")]
-        floor = 1e-3 * max((_largest(g) for g in gradients), default=0.0)
-        return max(
-            _relative(results[name], expected, floor if name.startswith("gradient") else 0.0)
-            for name, expected in self.expected.items()
-        )
+        return largest_difference(_results(copy.deepcopy(model), self.batch), self.expected)
 
     @staticmethod
     def revert(model: nn.Module, path: str, report: ConversionReport) -> None:
@@ -100,15 +88,6 @@ def _tensors(output: Any) -> list[Tensor]:
     return [t for t in flat if isinstance(t, Tensor)]
 
 
-def _largest(tensor: Tensor) -> float:
-    return tensor.abs().max().item() if tensor.numel() else 0.0
-
-
-def _relative(result: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    difference, largest = _largest(result - expected), max(_largest(expected), floor)
-    return difference / largest if largest > 0 else difference
-
-
 def _differing(original: nn.Module, model: nn.Module, batch: Tensor) -> list[str]:
     """Paths of converted modules that give another output than the original's, each on the original's own input."""
     paths = [path for path, m in model.named_modules() if is_converted(m)]
@@ -127,11 +106,11 @@ def _differing(original: nn.Module, model: nn.Module, batch: Tensor) -> list[str
             reference.train(mode)(batch.double())
             converted.train(mode)
             for path, arguments in inputs.items():
-                outputs = []
+                outputs: list[Results] = []
                 for m in (reference, converted):
                     torch.manual_seed(0)
-                    outputs.append(m.get_submodule(path)(*(a.clone() for a in arguments)))
-                if path not in differing and _relative(outputs[1], outputs[0]) > TOLERANCE:
+                    outputs.append({"output": m.get_submodule(path)(*(a.clone() for a in arguments))})
+                if path not in differing and largest_difference(outputs[1], outputs[0]) > TOLERANCE:
                     differing.append(path)
     for handle in handles:
         handle.remove()

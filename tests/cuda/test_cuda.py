@@ -506,6 +506,7 @@ def arguments(op: str) -> dict[str, Any]:
         "_bn_activation": {
             **{"input": x, "weight": b2, "bias": b2},
             **{"batch_statistics": True, "eps": 1e-5, "activation": "relu"},
+            **{"residual": x, "drop_scale": torch.ones(SHAPE[0])},
         },
     }[op]
 

@@ -113,9 +113,10 @@ class Problem:
                 drop_scale=self.drop,
             )
             found += [y, *torch.autograd.grad(y, leaves, self.grad)]
-        for training in (True, False):
-            y, *statistics = torch.ops.se_ext._bn_activation(x, weight, bias, training, 1e-5, "relu")
-            found += [y, *statistics, *torch.autograd.grad(y, (x, weight, bias), self.grad)]
+        for training, residual, drop in ((True, r, self.drop), (True, None, None), (False, r, None)):
+            y, *statistics = torch.ops.se_ext._bn_activation(x, weight, bias, training, 1e-5, "relu", residual, drop)
+            wanted = (x, weight, bias) if residual is None else (x, weight, bias, r)
+            found += [y, *statistics, *torch.autograd.grad(y, wanted, self.grad)]
         return found
 
 

@@ -619,6 +619,27 @@ BN_ACTIVATION_ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         r"expected more than one value per channel when training, got input of shape \[1, 8, 1, 1\]",
         {"input": torch.ones(1, 8, 1, 1)},
     ),
+    "residual": (
+        RuntimeError,
+        r"expected residual of shape \[2, 8, 3, 3\], got \[2, 8, 3, 1\]",
+        {"residual": torch.ones(2, 8, 3, 1)},
+    ),
+    "residual's dtype": (
+        TypeError,
+        "expected residual of dtype float32, got float64",
+        {"residual": torch.ones(2, 8, 3, 3).double()},
+    ),
+    "drop_scale": (RuntimeError, r"expected drop_scale of shape \[2\], got \[8\]", {"drop_scale": torch.ones(8)}),
+    "drop_scale's dtype": (
+        TypeError,
+        "expected drop_scale of dtype float32, got float64",
+        {"drop_scale": torch.ones(2).double()},
+    ),
+    "drop_scale that requires grad": (
+        RuntimeError,
+        "expected drop_scale that does not require grad",
+        {"drop_scale": torch.rand(2, requires_grad=True)},
+    ),
     "running_mean": (RuntimeError, r"expected running_mean of shape \[8\]", {"running_mean": torch.ones(4)}),
     "no statistics": (
         RuntimeError,

@@ -258,10 +258,12 @@ def test_the_function_returns_its_input_in_place(inplace: bool) -> None:
     assert (se_ext.squeeze_excite(**arguments, inplace=inplace) is x) is inplace
 
 
-@pytest.mark.parametrize("pre", ["identity", "silu"])
-def test_dropped_samples_are_their_shortcut(pre: str) -> None:
-    case = BY_NAME["bn_squeeze_excite"]
-    options = Options((4, 12, 5, 5), pre_activation=pre, post_activation="identity")
+@pytest.mark.parametrize(
+    ("op", "pre"), [("bn_squeeze_excite", "identity"), ("bn_squeeze_excite", "silu"), ("_bn_activation", "identity")]
+)
+def test_dropped_samples_are_their_shortcut(op: str, pre: str) -> None:
+    case = BY_NAME[op]
+    options = Options((4, 12, 5, 5), pre_activation=pre, post_activation="identity", activation="identity")
     arguments = case.make(options) | {"drop_scale": torch.tensor([0.0, 2.0, 0.0, 2.0])}
     y, residual = case.run(arguments)[0], arguments["residual"]
     assert torch.equal(y[::2], residual[::2])

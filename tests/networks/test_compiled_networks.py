@@ -108,8 +108,8 @@ def bn_block(m: Middle, x: Tensor, shortcut: Tensor) -> Tensor:
     return OPS._bn_squeeze_excite_running(x, *bn[:5], *bn[5:], shortcut, "relu", None)
 
 
-def bn_activation(m: Middle, x: Tensor, _: Tensor) -> Tensor:
-    return OPS._bn_activation_running(x, *running(m), m.training, m.bn.momentum, m.bn.eps, "relu")
+def bn_activation(m: Middle, x: Tensor, shortcut: Tensor) -> Tensor:
+    return OPS._bn_activation_running(x, *running(m), m.training, m.bn.momentum, m.bn.eps, "relu", shortcut)
 
 
 def plain_block(m: Middle, x: Tensor, _: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ RUNNING = {
         bn_block,
         lambda m, x, r: torch.relu(reference.squeeze_excite(nn.functional.silu(norm(m, x)), *m.weights()) + r),
     ),
-    "_bn_activation_running": (bn_activation, lambda m, x, _: torch.relu(norm(m, x))),
+    "_bn_activation_running": (bn_activation, lambda m, x, r: torch.relu(norm(m, x) + r)),
 }
 
 
