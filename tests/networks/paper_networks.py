@@ -44,7 +44,8 @@ class InceptionModule(nn.Module):
 
 
 class BNInception(nn.Module):
-    """Ioffe and Szegedy 2015, appendix (figure 5)."""
+    """Ioffe and Szegedy 2015, appendix (figure 5), with the 128 channels behind the pooling of modules 4c and 4d (96 in
+    the figure) of the Caffe model that is known by this name."""
 
     MODULES = (
         ((64, 64, 64, 64, 96, 32), "avg"),
@@ -52,8 +53,8 @@ class BNInception(nn.Module):
         ((0, 128, 160, 64, 96, 0), "max"),
         ((224, 64, 96, 96, 128, 128), "avg"),
         ((192, 96, 128, 96, 128, 128), "avg"),
-        ((160, 128, 160, 128, 160, 96), "avg"),
-        ((96, 128, 192, 160, 192, 96), "avg"),
+        ((160, 128, 160, 128, 160, 128), "avg"),
+        ((96, 128, 192, 160, 192, 128), "avg"),
         ((0, 128, 192, 192, 256, 0), "max"),
         ((352, 192, 320, 160, 224, 128), "avg"),
         ((352, 192, 320, 192, 224, 128), "max"),
