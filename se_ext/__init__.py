@@ -29,7 +29,7 @@ from .attention import (  # noqa: E402
     ScaleShiftSqueezeExcitation,
     SpatialSqueezeExcitation,
 )
-from .conversion import convert, revert  # noqa: E402
+from .conversion import ConversionReport, InsertionReport, convert, insert_se, revert  # noqa: E402
 from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
 
@@ -47,9 +47,11 @@ __all__ = [
     "BatchNormSqueezeExcitation",
     "ChannelAttention",
     "ConcurrentSqueezeExcitation",
+    "ConversionReport",
     "EffectiveSqueezeExcitation",
     "EfficientChannelAttention",
     "GatherExcite",
+    "InsertionReport",
     "MaskedSqueezeExcitation",
     "ScaleShiftSqueezeExcitation",
     "SpatialSqueezeExcitation",
@@ -64,6 +66,7 @@ __all__ = [
     "excite",
     "functional",
     "gather_excite",
+    "insert_se",
     "length_mask",
     "library_path",
     "masked_squeeze",

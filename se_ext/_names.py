@@ -9,6 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+
+class DoubleSigmoid(nn.Module):
+    """2 sigmoid(v): a gate in (0, 2). It is 1 at v = 0, where its slope is the largest."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(v)
+
+
 # In the order in which the ops list them.
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,
@@ -27,6 +35,7 @@ GATES: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "relu": nn.ReLU,
     "identity": nn.Identity,
+    "double_sigmoid": DoubleSigmoid,
 }
 # Parameters of those modules that change the function, and the only values that the kernels compute.
 _FIXED = {"negative_slope": 0.01, "approximate": "none"}
@@ -49,6 +58,7 @@ _LIBRARIES = (
     "geffnet",
     "mmcv",
     "transformers",
+    "se_ext",
 )
 # Where a formula has two slopes, and libraries differ in which of them they take. Not 0: there ReLU's slope is 0.
 _KINKS = (-3.0, 3.0, 6.0)

@@ -55,6 +55,7 @@ class Formula:
             "tanh": lambda: op.Tanh(v),
             "sigmoid": lambda: op.Sigmoid(v),
             "hardsigmoid": lambda: op.HardSigmoid(v, alpha=1 / 6, beta=0.5),
+            "double_sigmoid": lambda: op.Mul(op.Sigmoid(v), number(2)),
         }
         return functions[name]()
 

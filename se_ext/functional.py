@@ -64,7 +64,7 @@ def excite(
         w2: [C, M] or [C, M, 1, 1], of w1's dtype.
         b2: [C] or None, of w1's dtype.
         activation: identity, relu, relu6, silu, gelu, hardswish, leaky_relu (slope 0.01), tanh or sigmoid.
-        gate: sigmoid, hardsigmoid, tanh, relu or identity.
+        gate: sigmoid, hardsigmoid, tanh, relu, identity or double_sigmoid (2 sigmoid).
 
     Returns:
         [N, C], the scale per sample and channel, of z's dtype.
@@ -143,7 +143,7 @@ def squeeze_excite(
         w2: [C, M] or [C, M, 1, 1].
         b2: [C] or None.
         activation: of the squeezed layer: identity, relu, relu6, silu, gelu, hardswish, leaky_relu, tanh, sigmoid.
-        gate: sigmoid, hardsigmoid, tanh, relu or identity.
+        gate: sigmoid, hardsigmoid, tanh, relu, identity or double_sigmoid (2 sigmoid).
         residual: None, or of input's shape and dtype: the shortcut that is added after the rescale.
         post_activation: any activation, applied last.
         inplace: write the result into input. Inference only, and without a pre_bias or pre_activation.
@@ -224,7 +224,7 @@ def bn_squeeze_excite(
         pre_activation: between batch norm and squeeze: identity, relu, relu6, silu, gelu, hardswish, leaky_relu, tanh,
             sigmoid.
         activation: of the squeezed layer, one of the same.
-        gate: sigmoid, hardsigmoid, tanh, relu or identity.
+        gate: sigmoid, hardsigmoid, tanh, relu, identity or double_sigmoid (2 sigmoid).
         residual: None, or of input's shape and dtype: the shortcut that is added after the rescale.
         post_activation: any activation, applied last.
         drop_scale: [N] or None, multiplied into the gate: stochastic depth between the SE block and the shortcut (0 for

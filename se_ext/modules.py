@@ -94,7 +94,8 @@ class SqueezeExcitation(nn.Module):
             or Sigmoid, as a torch.nn class, a module, a function of torch or torch.nn.functional, a callable that makes
             a module, or the name that the functions take ("silu"). A class of timm, torchvision, MONAI and the like
             is recognised by what it computes; of a class of your own pass the name.
-        scale_activation: the gate, likewise: Sigmoid, Hardsigmoid, Tanh, ReLU or Identity.
+        scale_activation: the gate, likewise: Sigmoid, Hardsigmoid, Tanh, ReLU, Identity or "double_sigmoid"
+            (2 · sigmoid).
         bias: whether the two layers have biases (the paper's have none).
         post_activation: applied last, after the residual; None for none.
         inplace: write the result into the input where no gradient is being recorded (torch.no_grad,

@@ -29,6 +29,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": F.relu,
     "identity": lambda v: v,
+    "double_sigmoid": lambda v: 2 * torch.sigmoid(v),
 }
 
 

@@ -33,6 +33,8 @@ Tensor activate(Activation a, const Tensor& v) {
       return at::sigmoid(v);
     case Activation::Hardsigmoid:
       return at::hardtanh(v + 3, 0, 6) / 6;  // at::hardsigmoid's gradient uses a float32 1/6 even in float64
+    case Activation::DoubleSigmoid:
+      return 2 * at::sigmoid(v);
   }
   TORCH_INTERNAL_ASSERT(false);
 }

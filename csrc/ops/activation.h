@@ -17,11 +17,13 @@ enum class Activation : std::uint8_t {
   Tanh,
   Sigmoid,
   Hardsigmoid,
+  DoubleSigmoid,
 };
 
 // The public names, in the order of the enum.
-static constexpr const char* kActivationNames[] = {"identity",  "relu",       "relu6", "silu",    "gelu",
-                                                   "hardswish", "leaky_relu", "tanh",  "sigmoid", "hardsigmoid"};
+static constexpr const char* kActivationNames[] = {"identity", "relu",        "relu6",         "silu",
+                                                   "gelu",     "hardswish",   "leaky_relu",    "tanh",
+                                                   "sigmoid",  "hardsigmoid", "double_sigmoid"};
 
 // Which are allowed as an activation, and which as a gate. The slope of every gate follows from its output, so that
 // backward needs the scale alone.
@@ -30,7 +32,8 @@ static constexpr Activation kActivations[] = {
     Activation::Hardswish, Activation::LeakyRelu, Activation::Tanh,  Activation::Sigmoid,
 };
 static constexpr Activation kGates[] = {
-    Activation::Sigmoid, Activation::Hardsigmoid, Activation::Tanh, Activation::Relu, Activation::Identity,
+    Activation::Sigmoid, Activation::Hardsigmoid, Activation::Tanh,
+    Activation::Relu,    Activation::Identity,    Activation::DoubleSigmoid,
 };
 
 static constexpr double kLeakySlope = 0.01;

@@ -1,4 +1,5 @@
-"""What changes a user's network: convert makes its modules run on the fused ops, revert takes that back.
+"""What changes a user's network: convert makes its modules run on the fused ops, revert takes that back; insert_se puts
+SE blocks into it.
 
 trace.py          the graph of one module's forward
 blocks.py         SE blocks in it, by their structure
@@ -7,9 +8,12 @@ steps.py          what such a forward calls
 fused_class.py    the class that a converted module gets
 check.py          whether a block's conversion computes the same; verify.py: whether a network's does
 convert.py        the two functions; report.py: what they tell
+places.py         where an SE block goes in a network that has none
+inserted_class.py the class of a module with an inserted block; insertion.py: the function
 """
 
 from .convert import convert, revert
+from .insertion import InsertionReport, insert_se
 from .report import ConversionReport
 
-__all__ = ["ConversionReport", "convert", "revert"]
+__all__ = ["ConversionReport", "InsertionReport", "convert", "insert_se", "revert"]

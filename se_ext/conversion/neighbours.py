@@ -81,6 +81,7 @@ class Container:
         self.module = module
         self.is_block = is_block
         self.inlined: list[str] = []
+        self.steps: dict[Any, fx.Node] = {}  # for the last node of each match that became a step: the step
         while True:
             self.graph = trace(module, self.inlined)
             wanted = self.wanted_chains()
@@ -117,6 +118,11 @@ class Container:
         wanted = []
         for node in self.graph.nodes:
             m = self.called(node)
+            if m is not None and is_chain(m) and any(self.is_block(child) for child in m.children()):
+                before = self.called(node.args[0])
+                if before is not None and is_norm(before):  # behind it an activation and a block (insert_se)
+                    wanted.append(str(node.target))
+                continue
             if m is not None and self.is_block(m):
                 candidates = [node.args[0]]
             elif node.target in _SUMS and len(node.args) == 2:
@@ -264,25 +270,25 @@ class Container:
                 return what
             return graph.create_node("get_attr", what)
 
+        input, residual = (self.steps.get(node, node) for node in (match.input, match.residual))
         with graph.inserting_before(last):
             bn = None if match.bn is None else graph.create_node("get_attr", match.bn)
             drop_path = None if match.drop_path is None else graph.create_node("get_attr", match.drop_path)
             if match.se is None:
-                step = graph.call_function(
-                    steps.batch_norm, (bn, node_of(match.post), match.input, drop_path, match.residual)
-                )
+                step = graph.call_function(steps.batch_norm, (bn, node_of(match.post), input, drop_path, residual))
             else:
                 se = graph.create_node("get_attr", match.se)
-                arguments = (bn, node_of(match.pre), se, match.input, drop_path, match.residual, node_of(match.post))
+                arguments = (bn, node_of(match.pre), se, input, drop_path, residual, node_of(match.post))
                 step = graph.call_function(steps.tail, arguments)
         last.replace_all_uses_with(step)
+        self.steps[last] = step
         for node in reversed(match.nodes):
             graph.erase_node(node)
 
 
-def recipe_of(graph: fx.Graph, guard: tuple[Any, Any, Any]) -> Recipe:
+def recipe_of(graph: fx.Graph, guard: tuple[Any, Any, Any] | None) -> Recipe:
     """The recipe of a class with a graph's forward, for modules that are as steps.is_as_converted(module, *guard) says;
-    others run their original forward."""
+    others run their original forward. With no guard all modules run the graph's."""
     for node in graph.nodes:
         node.type = None  # annotations would be more names to import
     code = graph.python_code("self")
@@ -290,10 +296,14 @@ def recipe_of(graph: fx.Graph, guard: tuple[Any, Any, Any]) -> Recipe:
     start = next(i for i, line in enumerate(lines) if line.startswith("def forward("))
     argument = next(node for node in graph.nodes if node.op == "placeholder")
     name = str(argument.target)
-    header = [
-        f"    if not _is_as_converted(self, *{guard!r}):",
-        f"        return _original_forward(self, {name})",
-    ]
+    header = (
+        []
+        if guard is None
+        else [
+            f"    if not _is_as_converted(self, *{guard!r}):",
+            f"        return _original_forward(self, {name})",
+        ]
+    )
     names: dict[str, Any] = {
         **code.globals,
         "_is_as_converted": steps.is_as_converted,

@@ -19,7 +19,7 @@ from se_ext._names import ACTIVATIONS, GATES, name_of
 
 N, C, M = 3, 8, 4
 KNOWN_ACTIVATIONS = "identity, relu, relu6, silu, gelu, hardswish, leaky_relu, tanh, sigmoid"
-KNOWN_GATES = "sigmoid, hardsigmoid, tanh, relu, identity"
+KNOWN_GATES = "sigmoid, hardsigmoid, tanh, relu, identity, double_sigmoid"
 RANK = "expected input of shape [N, C, *spatial] with 1 to 3 spatial dims, got "
 FLOATING = "of dtype float32, float64, bfloat16 or float16, got "
 SHARED = "expected input whose elements do not share memory (the op writes into it), got shape "
@@ -496,8 +496,8 @@ def test_an_in_place_op_whose_small_argument_lies_inside_its_input(kind: str) ->
             "scale_activation",
             nn.SiLU(),
             GATES,
-            "expected scale_activation to be one of Sigmoid, Hardsigmoid, Tanh, ReLU, Identity, or to compute the "
-            "same, got torch.nn.modules.activation.SiLU",
+            "expected scale_activation to be one of Sigmoid, Hardsigmoid, Tanh, ReLU, Identity, DoubleSigmoid, or to "
+            "compute the same, got torch.nn.modules.activation.SiLU",
         ),
         (
             "activation",

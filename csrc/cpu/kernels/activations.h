@@ -39,6 +39,8 @@ SE_EXT_INLINE V activate(V v) {
     return tanh(v);
   } else if constexpr (A == Activation::Sigmoid) {
     return sigmoid(v);
+  } else if constexpr (A == Activation::DoubleSigmoid) {
+    return 2 * sigmoid(v);
   } else {
     static_assert(A == Activation::Hardsigmoid);
     return clamp(v + 3, 0, 6) * constant<V>(kSixth);
@@ -79,6 +81,8 @@ SE_EXT_INLINE V gradient(V g, V q) {
     return g * (1 - q * q);
   } else if constexpr (A == Activation::Sigmoid) {
     return g * (q * (1 - q));
+  } else if constexpr (A == Activation::DoubleSigmoid) {
+    return g * (q * (1 - q * constant<V>(0.5)));
   } else {
     static_assert(A == Activation::Hardsigmoid);
     return q > 0 ? (q < 1 ? g * constant<V>(kSixth) : zero) : zero;
@@ -125,6 +129,8 @@ SE_EXT_INLINE void dispatch(Activation a, F&& f) {
       return f(Of<Activation::Sigmoid>{});
     case Activation::Hardsigmoid:
       return f(Of<Activation::Hardsigmoid>{});
+    case Activation::DoubleSigmoid:
+      return f(Of<Activation::DoubleSigmoid>{});
   }
 }
 

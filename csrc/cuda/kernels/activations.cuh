@@ -69,6 +69,8 @@ SE_EXT_DEVICE A activate(A v) {
     return hyperbolic_tangent(v);
   } else if constexpr (a == Activation::Sigmoid) {
     return sigmoid<fast>(v);
+  } else if constexpr (a == Activation::DoubleSigmoid) {
+    return 2 * sigmoid<fast>(v);
   } else {
     static_assert(a == Activation::Hardsigmoid);
     return clamp(v + 3, A(0), A(6)) / 6;
@@ -99,6 +101,8 @@ SE_EXT_DEVICE A gradient(A g, A q) {
     return g * (1 - q * q);
   } else if constexpr (a == Activation::Sigmoid) {
     return g * (q * (1 - q));
+  } else if constexpr (a == Activation::DoubleSigmoid) {
+    return g * (q * (1 - q * A(0.5)));
   } else {
     static_assert(a == Activation::Hardsigmoid);
     return q > 0 ? (q < 1 ? g / 6 : zero) : zero;
@@ -137,6 +141,8 @@ SE_EXT_DEVICE void dispatch(Activation a, const F& f) {
       return f(Of<Activation::Sigmoid>{});
     case Activation::Hardsigmoid:
       return f(Of<Activation::Hardsigmoid>{});
+    case Activation::DoubleSigmoid:
+      return f(Of<Activation::DoubleSigmoid>{});
   }
 }
 
