@@ -49,7 +49,7 @@ def _shown(value: Any) -> str:
 
 def insert_in_forward(module: nn.Module, recipe: Recipe) -> None:
     """Gives the module a class with the recipe's forward."""
-    object.__setattr__(module, "__class__", inserted_class(type(module), recipe))
+    object.__setattr__(module, "__class__", inserted_class(type(module), recipe))  # type: ignore[arg-type]
 
 
 def behind(name: str) -> Recipe:
