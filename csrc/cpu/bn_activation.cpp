@@ -116,13 +116,16 @@ void Backend<Cpu>::bn_activation_backward(const ops::BnActivationBackward& a, co
   }
 
   const bool sums = batch_statistics || grad_weight.defined() || grad_bias.defined();
-  // The pass that sums leaves gv in the residual's gradient at full precision, or where a ReLU makes it the gradient or
-  // nothing.
+  // The pass that sums leaves gv for the pass that writes, at full precision, or where a ReLU makes it the gradient or
+  // nothing: in the residual's gradient, which it is; without one in the input's, where it saves an expensive slope.
   const bool is_exact = x.tensor.scalar_type() == v.type;
-  const bool leaves_slopes =
-      sums && grad_residual.defined() &&
-      (is_exact ? activations.post != Activation::Identity : activations.post == Activation::Relu);
-  const Pointer g_at(g), saved_at = pointer(saved), gx_at = pointer(grad_input), gr_at = pointer(grad_residual);
+  const bool is_kept_exactly =
+      is_exact ? activations.post != Activation::Identity : activations.post == Activation::Relu;
+  const bool leaves_in_input =
+      sums && grad_input.defined() && !grad_residual.defined() && is_kept_exactly && !is_cheap(activations.post);
+  const bool leaves_slopes = leaves_in_input || (sums && grad_residual.defined() && is_kept_exactly);
+  const Pointer g_at(g), saved_at = pointer(saved), gx_at = pointer(grad_input);
+  const Pointer gv_at = leaves_in_input ? gx_at : pointer(grad_residual);
   const PrologueKernels& map = kernels().prologue[static_cast<int>(x.dtype)];
   const auto at_sample = [&](std::int64_t n) {
     return PrologueBackward{{x.sample(n), coefficients.a(n), coefficients.b(n), Activation::Identity},
@@ -135,9 +138,9 @@ void Backend<Cpu>::bn_activation_backward(const ops::BnActivationBackward& a, co
                             batch_statistics ? slope_at.base : nullptr,
                             offset_at.base,
                             gx_at.at(n * slab),
-                            gr_at.at(n * slab),
+                            gv_at.at(n * slab),
                             activations.post,
-                            schedule.streaming,
+                            schedule.streaming && !leaves_in_input,  // what was just read is in cache
                             leaves_slopes};
   };
   if (sums) {
