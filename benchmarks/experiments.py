@@ -72,6 +72,15 @@ WHOLE_NETWORKS = ROUNDS + (
     "the images) of eager, the compiled networks the logits of their eager form, and the other runtimes those of "
     "eager."
 )
+CONVERTED = ROUNDS + (
+    "Each row has a process of its own, with glibc's allocator and nothing set. eager is timm's network with random "
+    "weights, eager_converted a copy of it after se_ext.convert; compile and compile_converted are the same under "
+    "torch.compile (training, channels_last), with isolate_recompiles, so that no call tries the guards of the other. "
+    "train is forward + backward + SGD step. Before timing, every SE block was converted, eager_converted gave the "
+    "logits (training: in float64, and the gradient of the images) of eager, and the compiled networks the logits of "
+    "their eager form. peak_bytes is the most that tensors hold during a training step; conversion_s the seconds of "
+    "the first call of se_ext.convert in the process."
+)
 IMPORTS = (
     "Each import is timed in a fresh process that has imported torch before; one that is not counted comes first, and "
     "leaves the files in memory and the bytecode on disk, as an installation does. other_cpu_share is the part of all "
@@ -141,6 +150,16 @@ ALL = (
         method=WHOLE_NETWORKS,
         plan=Plan(rounds=25, block_ms=20, warmup_ms=0, lead_in_calls=0),
         axes={"mode": MODES, "batch": (1, 8)},
+        page_faults_out=False,
+        keep_going=True,
+    ),
+    Experiment(
+        name="converted",
+        question="what do a user's inference and training step take after se_ext.convert?",
+        kind="converted",
+        method=CONVERTED,
+        plan=Plan(rounds=25, block_ms=20, warmup_ms=0, lead_in_calls=0),
+        axes={"mode": MODES, "batch": (8,), "layout": LAYOUTS},
         page_faults_out=False,
         keep_going=True,
     ),

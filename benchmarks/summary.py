@@ -16,6 +16,7 @@ FUSED_NETWORK = "se_ext_models"
 # A user's network: its form, and what was done to timm's; a variant is called by both.
 EAGER, COMPILED = "eager", "compile"
 PLAIN, WITH, ONLY_BLOCKS, BARE = "", "_se_ext", "_se_ext_blocks", "_no_se"
+CONVERTED = "_converted"
 ONNX_RUNTIME, OPENVINO = "onnxruntime", "openvino"
 IMPORT = "import"
 # Of the block by itself; what stands around it adds to them.

@@ -60,9 +60,13 @@ class NetworkCase(Case):
             row["peak_bytes"] = {variant: peak_bytes(step, networks[variant]) for variant, step in steps.items()}
         return summary.add_costs({**row, "se_blocks": len(se_blocks(network))})
 
+    @property
+    def image_size(self) -> int:
+        return image_size(self.name)
+
     def build(self) -> tuple[nn.Module, Tensor, Tensor]:
         """timm's network, in eval mode for inference, images and labels."""
-        images, labels = draw_images(self.batch, image_size(self.name), self.layout)
+        images, labels = draw_images(self.batch, self.image_size, self.layout)
         return build(self.name, self.layout, images, SEED).train(self.mode == "train"), images, labels
 
     def timed(self, steps: Mapping[str, Step], plan: Plan) -> summary.Row:
@@ -73,7 +77,7 @@ class NetworkCase(Case):
         return {
             **where,
             "mode": self.mode,
-            "image_size": image_size(self.name),
+            "image_size": self.image_size,
             "other_cpu_share": other_cpu_share,
             "variants": found,
         }

@@ -12,6 +12,7 @@ from benchmarks.measure import results_file
 from benchmarks.report import targets
 from benchmarks.report.allocators import allocator_table, large_input_table
 from benchmarks.report.blocks import against_the_better, slow_rows, summary_table, workload_tables
+from benchmarks.report.converted import converted_table
 from benchmarks.report.gpu import every_row, gpu_parts, gpu_target_table
 from benchmarks.report.imports import import_lines
 from benchmarks.report.networks import fused_table, network_table
@@ -51,7 +52,7 @@ class Measured:
 
     def judged(self) -> dict[str, list[Row]]:
         """What the CPU's targets speak of."""
-        kinds = ("blocks", "networks", "allocators", "tails", "whole_networks", "imports")
+        kinds = ("blocks", "networks", "allocators", "tails", "whole_networks", "converted", "imports")
         return {kind: self.rows(kind, judged=True) for kind in kinds}
 
     @property
@@ -76,6 +77,7 @@ def summaries(measured: Measured) -> dict[str, list[str]]:
     blocks, networks = measured.rows("blocks"), measured.rows("networks")
     return {
         "Every network": _if(measured.rows("whole_networks"), whole_network_tables),
+        "Converted networks": _if(measured.rows("converted"), converted_table),
         "The block by itself": _if(blocks, summary_table, slow_rows),
         "The block with what stands around it": _if(measured.rows("tails"), tail_table),
         "Time and memory of a training step": _if(networks, fused_table),

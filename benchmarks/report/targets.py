@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.experiments import INFERENCE, NETWORK_NAMES, OWN_NETWORK, TRAIN
+from benchmarks.experiments import INFERENCE, LAYOUTS, NETWORK_NAMES, OWN_NETWORK, TRAIN
 from benchmarks.measure import allocator
-from benchmarks.report import whole_networks
+from benchmarks.report import converted, whole_networks
 from benchmarks.report.blocks import TITLES
 from benchmarks.report.markdown import ABSENT, number, table
 from benchmarks.summary import (
@@ -72,6 +72,10 @@ def by_network(found: Found) -> list[Found]:
 
 def slowest_network(found: Found) -> float:
     return min(map(geometric_mean, by_network(found)))
+
+
+def slowest_row(found: Found) -> float:
+    return min(value for value, _ in found.values)
 
 
 @dataclass(frozen=True)
@@ -231,6 +235,42 @@ def users_speedup(form: str) -> Callable[[Row], float | None]:
     return find
 
 
+def converted_networks(
+    value: Callable[[Row], float | None],
+    names: Sequence[str] = NETWORK_NAMES,
+    layouts: Sequence[str] = LAYOUTS,
+    **wanted: Any,
+) -> Find:
+    """The rows of converted networks, of which every name is wanted in every layout."""
+    find = rows(
+        "converted", value, only=lambda row: row["name"] in names and row["layout"] in layouts, batch=8, **wanted
+    )
+
+    def found(measured: Measured) -> Found:
+        values = find(measured).values
+        missing = [
+            what
+            for what in itertools.product(names, layouts)
+            if what not in {(row["name"], row["layout"]) for _, row in values}
+        ]
+        return Found(values, [f"{name} in {layout}" for name, layout in missing])
+
+    return found
+
+
+def converted_speedup(form: str) -> Callable[[Row], float | None]:
+    def find(row: Row) -> float | None:
+        found = converted.speedup(row, form)
+        return None if found is None else found["median"]
+
+    return find
+
+
+def conversion_s(row: Row) -> float:
+    found: float = row["conversion_s"]
+    return found
+
+
 def import_ms(row: Row) -> float:
     found: float = row["variants"][IMPORT]["time_us"]["median"] / 1e3
     return found
@@ -294,6 +334,48 @@ USERS = (
         users_networks(EAGER_SPEEDUP, INFERENCE, 1, 8, names=(OWN_NETWORK,)),
     ),
 )
+# Network, layout: required and aimed at of the training step's speed-up.
+STEPS = {
+    ("efficientnet_b0", "nhwc"): (1.25, 1.4),
+    ("efficientnet_b0", "nchw"): (1.2, 1.3),
+    ("mobilenetv3_large_100", "nhwc"): (1.15, 1.25),
+    ("mobilenetv3_large_100", "nchw"): (1.12, 1.2),
+    ("regnety_008", "nhwc"): (1.1, 1.2),
+    ("regnety_008", "nchw"): (1.12, 1.2),
+    ("seresnet50", "nhwc"): (1.15, 1.25),
+    ("seresnet50", "nchw"): (1.15, 1.25),
+}
+CONVERTED = (
+    *(
+        Target(
+            f"converted {name}, {layout}: training step, over the plain network's",
+            *goals,
+            converted_networks(converted_speedup(EAGER), (name,), (layout,), mode=TRAIN),
+        )
+        for (name, layout), goals in STEPS.items()
+    ),
+    Target(
+        "converted efficientnet_b0: peak memory of the training step, over the plain network's",
+        0.75,
+        0.6,
+        converted_networks(converted.peak_ratio, ("efficientnet_b0",), mode=TRAIN),
+    ),
+    Target(
+        "converted networks: eager inference, over the plain network's, every network and layout",
+        1.03,
+        1.15,
+        converted_networks(converted_speedup(EAGER), mode=INFERENCE),
+        slowest_row,
+    ),
+    Target(
+        "converted networks: compiled training step, over the plain network compiled, every network",
+        1.05,
+        1.15,
+        converted_networks(converted_speedup(COMPILED), layouts=("nhwc",), mode=TRAIN),
+        slowest_row,
+    ),
+    Target("conversion of seresnet50, in s", 1, 0.2, converted_networks(conversion_s, (OWN_NETWORK,))),
+)
 IN_PLACE = rows("allocators", speedup("best_eager", "speedup_inplace"), environment=allocator.DEFAULT)
 LARGE_IN_CLONES = block_rows(clones, 8, 32, only=lambda row: slab_values(row) >= LARGE_SLAB_VALUES)
 CPU = (
@@ -316,6 +398,7 @@ CPU = (
     Target("training step of SE-ResNet-50, over timm's", 1.15, 1.3, rows("networks", step_speedup)),
     Target("peak memory of that step, over timm's", 0.85, 0.7, rows("networks", step_memory)),
     *USERS,
+    *CONVERTED,
     Target("import of se_ext after torch, in ms", 30, 10, rows("imports", import_ms)),
 )
 

@@ -194,7 +194,7 @@ def line(measured: targets.Measured, start: str) -> list[str]:
 
 def test_every_target_is_in_the_table_and_none_is_met_unmeasured() -> None:
     lines = targets.cpu_table({}).splitlines()[4:]
-    assert len(lines) == len(targets.CPU) == 21
+    assert len(lines) == len(targets.CPU) == 33
     assert all(line.endswith("| – | – | – | not measured |") for line in lines)
 
 
@@ -356,7 +356,9 @@ def all_kinds(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     user = network_row(eager=[9e5], eager_se_ext=[6e5], compile=[3e5], compile_se_ext=[4e5])
     slow = compiled_row(90.0, 100.0, 80.0, batch=1)
     imported = summary.add_times({"name": "se_ext", "variants": {"import": {"samples_us": [12e3]}}})
+    converted = network_row(eager=[9e5], eager_converted=[6e5])
     return {
+        "converted.json": {**results, "kind": "converted", "rows": [{**converted, "conversion_s": 0.1}]},
         "networks.json": {**results, "kind": "networks", "rows": [summary.add_costs({**costs, "mode": "inference"})]},
         "blocks.json": {**results, "rows": [block(3.0), block(1.05, layout="nhwc")]},
         "more.json": {**results, "kind": "blocks", "rows": [block(4.0, batch=1)]},
@@ -403,6 +405,8 @@ def test_every_question_has_its_page(results: dict[str, Any], tmp_path: Path) ->
             "seresnet50 nhwc train 8: BrokenProcessPool: a process.",
             "| seresnet50 | inference | 1 | 224×224 | 80.0 | 10.0 | 20.0 | – | 2.00 |",
             "- `se_ext`: 12.0 (12.0 to 12.0) ms",
+            "## Converted networks",
+            "| net | training step | 8 | nhwc | 900.0 → 600.0 | 1.50 (1.50 to 1.50) | – | – | – | – | 100 |",
             "(results/inference.md)",
         ],
         "docs/targets.md": [
