@@ -7,7 +7,29 @@ from ._loader import load as _load
 _load()
 
 from . import _C, _flops, _inductor, functional, models, onnx, reference  # noqa: E402, F401
-from .conversion import InsertionReport, convert, insert_se, revert  # noqa: E402
+from ._attention_functions import (  # noqa: E402
+    channel_attention,
+    concurrent_squeeze_excite,
+    effective_squeeze_excite,
+    efficient_channel_attention,
+    gather_excite,
+    length_mask,
+    masked_squeeze,
+    masked_squeeze_excite,
+    scale_shift_squeeze_excite,
+    spatial_squeeze_excite,
+)
+from .attention import (  # noqa: E402
+    ChannelAttention,
+    ConcurrentSqueezeExcitation,
+    EffectiveSqueezeExcitation,
+    EfficientChannelAttention,
+    GatherExcite,
+    MaskedSqueezeExcitation,
+    ScaleShiftSqueezeExcitation,
+    SpatialSqueezeExcitation,
+)
+from .conversion import ConversionReport, InsertionReport, convert, insert_se, revert  # noqa: E402
 from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
 
@@ -23,20 +45,39 @@ cmake_prefix_path: str = str(_PACKAGE / "cmake")
 
 __all__ = [
     "BatchNormSqueezeExcitation",
+    "ChannelAttention",
+    "ConcurrentSqueezeExcitation",
+    "ConversionReport",
+    "EffectiveSqueezeExcitation",
+    "EfficientChannelAttention",
+    "GatherExcite",
     "InsertionReport",
+    "MaskedSqueezeExcitation",
+    "ScaleShiftSqueezeExcitation",
+    "SpatialSqueezeExcitation",
     "SqueezeExcitation",
     "bn_squeeze_excite",
+    "channel_attention",
     "cmake_prefix_path",
+    "concurrent_squeeze_excite",
     "convert",
+    "effective_squeeze_excite",
+    "efficient_channel_attention",
     "excite",
     "functional",
+    "gather_excite",
     "insert_se",
+    "length_mask",
     "library_path",
+    "masked_squeeze",
+    "masked_squeeze_excite",
     "models",
     "onnx",
     "reference",
     "rescale",
     "revert",
+    "scale_shift_squeeze_excite",
+    "spatial_squeeze_excite",
     "squeeze",
     "squeeze_excite",
 ]

@@ -22,6 +22,9 @@ from ._names import ACTIVATIONS, GATES
 
 # The activations and gates by name, as torch's modules compute them.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {name: cls().forward for name, cls in (ACTIVATIONS | GATES).items()}
+FUNCTIONS["hardsigmoid"] = lambda t: (
+    torch.nn.functional.hardtanh(t + 3, 0.0, 6.0) / 6
+)  # torch's has no second derivative
 
 # What joins a tail behind the SE block: drop_scale and residual.
 Branches = tuple[Tensor | None, Tensor | None]
@@ -110,11 +113,11 @@ def called_block(se: Any, input: Tensor, residual: Tensor | None) -> Tensor:
 def called_excitation(layers: Layers, input: Tensor) -> Tensor:
     """The scale [N, C] of an SE block, by calls of its layers."""
     fc1, fc2, activation, gate = layers
-    hidden = FUNCTIONS[activation](_call_layer(fc1, _ops.squeeze(input)))
-    return FUNCTIONS[gate](_call_layer(fc2, hidden)).flatten(1)
+    hidden = FUNCTIONS[activation](call_layer(fc1, _ops.squeeze(input)))
+    return FUNCTIONS[gate](call_layer(fc2, hidden)).flatten(1)
 
 
-def _call_layer(layer: Any, z: Tensor) -> Tensor:
+def call_layer(layer: Any, z: Tensor) -> Tensor:
     """layer(z), on z as a map of one point with the layer's number of dims: [N, C] for an nn.Linear, [N, C, 1, 1] for
     an nn.Conv2d. Float32 weights beside a half-typed map work here as they do in the fused op."""
     if isinstance(layer, nn.Conv2d):

@@ -23,7 +23,7 @@ from ._ops import Excitation, Normalization
 _OTHER_NAMES = {"fc1.": ("conv_reduce.", "fc.0."), "fc2.": ("conv_expand.", "fc.2.")}
 
 
-def _at_least_one(argument: str, value: SupportsIndex) -> int:
+def at_least_one(argument: str, value: SupportsIndex) -> int:
     try:
         number = operator.index(value)
     except TypeError:
@@ -36,7 +36,7 @@ def _at_least_one(argument: str, value: SupportsIndex) -> int:
 def _spatial_dims(dims: SupportsIndex | None) -> int | None:
     if dims is None:
         return None
-    number = _at_least_one("dims", dims)
+    number = at_least_one("dims", dims)
     if number > 3:
         raise ValueError(f"expected dims to be 1, 2, 3 or None, got {number}")
     return number
@@ -137,8 +137,8 @@ class SqueezeExcitation(nn.Module):
         dims: int | None = None,
     ) -> None:
         super().__init__()
-        input_channels = _at_least_one("input_channels", input_channels)
-        squeeze_channels = _at_least_one("squeeze_channels", squeeze_channels)
+        input_channels = at_least_one("input_channels", input_channels)
+        squeeze_channels = at_least_one("squeeze_channels", squeeze_channels)
         self.input_channels = input_channels
         self.dims = _spatial_dims(dims)
         self.fc1 = nn.Conv2d(input_channels, squeeze_channels, 1, bias=bias)
@@ -308,7 +308,7 @@ class BatchNormSqueezeExcitation(nn.Module):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__()
-        input_channels = _at_least_one("input_channels", input_channels)
+        input_channels = at_least_one("input_channels", input_channels)
         self.bn = nn.BatchNorm2d(input_channels, eps, momentum, affine, track_running_stats)
         self.se = SqueezeExcitation(input_channels, squeeze_channels, activation, scale_activation, bias=bias)
         self.pre_activation = name_of("pre_activation", pre_activation, ACTIVATIONS)

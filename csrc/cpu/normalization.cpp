@@ -3,15 +3,17 @@
 #include <cstring>
 #include <limits>
 
+#include "folded_map.h"
 #include "schedule.h"
 #include "scratch.h"
 
 namespace se_ext::cpu {
 
-void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Statistics& statistics,
+void statistics_of_batch(const FeatureMap& map_of_batch, Vectors& v, double eps, const Statistics& statistics,
                          const at::Tensor& sample_means) {
-  const std::int64_t N = x.samples, C = x.slab.channels;
   const bool has_means = sample_means.defined() && sample_means.numel() > 0;
+  const FoldedMap x(map_of_batch, /*may_fold=*/!has_means);
+  const std::int64_t N = x.samples, C = x.slab.channels;
   const Schedule schedule = Schedule::of(x, 1, 0);
   Reduction tiles(x, schedule, 2);
   Scratch scratch(tiles.scratch_items() + (has_means ? 3 : 4) * N * C, 4, x.accumulation_options());
@@ -30,8 +32,10 @@ void statistics_of_batch(const FeatureMap& x, Vectors& v, double eps, const Stat
   } else {
     if (sample_means.defined()) sample_means.fill_(std::numeric_limits<double>::quiet_NaN());
   }
-  v.kernels().batch_statistics(x.slab.points ? N : 0, C, x.slab.points, eps, means_at.base, m2_at.base,
-                               statistics.mean.data_ptr(), statistics.var.data_ptr(), statistics.inverse.data_ptr());
+  // The points that were folded into one are as many samples of the channels.
+  v.kernels().batch_statistics(x.slab.points ? N * x.fold : 0, x.channels, x.slab.points, eps, means_at.base,
+                               m2_at.base, statistics.mean.data_ptr(), statistics.var.data_ptr(),
+                               statistics.inverse.data_ptr());
   v.mean = statistics.mean;
   v.inverse = statistics.inverse;
 }

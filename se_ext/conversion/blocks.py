@@ -4,6 +4,7 @@ product with the input. Whoever wrote the class, this is its graph."""
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .._known import Layers, is_called_plainly, known_activation
+from .._known import Layers, excitation_of, is_called_plainly, known_activation
 from .._names import ACTIVATIONS, GATES, function_name
 
 # What changes the shape of the pooled values, or tells a shape, and computes nothing.
@@ -70,6 +71,20 @@ class Block:
                 return None
         one, two = self.layers
         return _at(se, one), _at(se, two), activation, gate
+
+    def script_of(self, se: Any) -> str | None:
+        """A forward that torch.jit.script can compile; None if there is none that is known."""
+        layers = self.layers_of(se)
+        if layers is None or excitation_of(layers[0], layers[1]) is None or self.channels_last or self.dims is None:
+            return None
+        one, two = ("self." + re.sub("[.]([0-9]+)", "[\\1]", path) for path in self.layers)
+        residual = "x" if self.adds_input else "None"
+        return (
+            "def forward(self, x: Tensor) -> Tensor:\n"
+            f"    assert x.dim() == {self.dims + 2}, 'expected a batch'\n"
+            f"    weights = {one}.weight, {one}.bias, {two}.weight, {two}.bias\n"
+            f"    return _se_ext_squeeze_excite(x, *weights, {layers[2]!r}, {layers[3]!r}, {residual})\n"
+        )
 
     def takes(self, input: Tensor) -> bool:
         """Whether the input is a batch of maps."""

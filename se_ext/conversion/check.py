@@ -22,8 +22,8 @@ class Checker:
 
     def difference(self, module: nn.Module, recipe: Recipe) -> str:
         """What is wrong with a conversion of an SE block or a relative; empty if nothing."""
-        layers = [m for m in module.modules() if isinstance(getattr(m, "weight", None), torch.Tensor)]
-        key = (type(module), recipe, tuple(type(m) for m in module.modules()), tuple(m.bias is None for m in layers))
+        parts = [(type(m), *(name for name, p in m._parameters.items() if p is not None)) for m in module.modules()]
+        key = (type(module), recipe, *parts)
         if key not in self.results:
             self.results[key] = _difference(module, recipe)
         return self.results[key]

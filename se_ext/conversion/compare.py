@@ -10,16 +10,21 @@ from torch import Tensor
 # ATen's hardsigmoid, 1/6, is in float32.
 TOLERANCE = 1e-6
 Results = dict[str, Tensor]
-"""Tensors by name; gradients have names that begin with "gradient"."""
+"""Tensors by name; the first word is their kind: output, gradient, buffer, …"""
 
 
 def largest_difference(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest difference, relative to the largest value of each tensor. A gradient can be zero but for rounding
-    (that of a bias in front of a batch norm): a thousandth of the largest gradient stands for what is smaller."""
-    floor = 1e-3 * max((_largest(t) for name, t in expected.items() if name.startswith("gradient")), default=0.0)
-    return max(
-        _relative(results[name], t, floor if name.startswith("gradient") else 0.0) for name, t in expected.items()
-    )
+    """The largest difference, relative to the largest value of each tensor. A gradient or a mean can be zero but for
+    rounding (that of a bias in front of a batch norm, that behind one): for what is smaller than a thousandth of the
+    largest of its kind, that stands."""
+    largest: dict[str, float] = {}
+    for name, t in expected.items():
+        largest[_kind(name)] = max(_largest(t), largest.get(_kind(name), 0.0))
+    return max(_relative(results[name], t, 1e-3 * largest[_kind(name)]) for name, t in expected.items())
+
+
+def _kind(name: str) -> str:
+    return name.split()[0]
 
 
 def _largest(tensor: Tensor) -> float:

@@ -176,8 +176,9 @@ def _recipe_of_block(module: nn.Module) -> tuple[Recipe, str, str]:
     graph = trace(module, chains)
     block = block_in(module, graph)
     if block is not None:
-        weight: Any = module.get_submodule(block.layers[0]).weight
-        shape = f"{weight.shape[1]} → {weight.shape[0]}" if isinstance(weight, Tensor) and weight.dim() > 1 else ""
+        layer: Any = module.get_submodule(block.layers[0])  # its weight may be computed anew when it is looked up
+        kind = "features" if isinstance(layer, nn.Linear) else "channels"
+        shape = " → ".join(str(getattr(layer, f"{side}_{kind}")) for side in ("in", "out"))
         source = "def forward(self, x):\n    return _squeeze_excite(self, x)\n"
         recipe = Recipe(source, (("_squeeze_excite", squeeze_excite.__module__, "squeeze_excite"),), block)
         return recipe, shape, "SE block"

@@ -33,6 +33,12 @@ class Recipe(NamedTuple):
     """of an SE block"""
     is_norm: bool = False
     """whether it is a batch norm with an activation inside"""
+    script: str | None = None
+    """of the function that torch.jit.script compiles; None: the original's forward"""
+
+
+# What blocks.Block.script_of names.
+_SCRIPT_IMPORTS = (("Tensor", "torch", "Tensor"), ("_se_ext_squeeze_excite", "se_ext.functional", "squeeze_excite"))
 
 
 class Converted:
@@ -70,11 +76,14 @@ class Converted:
             return (_new, (self._original, self._recipe), *state)
         return (function, arguments, *state)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles the original's forward."""
-        original: nn.Module = self._original.__new__(self._original)
-        original.__dict__.update(self.__dict__)
-        return original
+    def __prepare_scriptable__(self) -> Converted:
+        """For torch.jit.script, which puts what this gives into the network: the module itself, with a class whose
+        forward names what is to be compiled."""
+        block = self._recipe.block
+        if block is not None:
+            recipe = self._recipe._replace(script=block.script_of(self))
+            object.__setattr__(self, "__class__", _class(self._original, recipe))  # type: ignore[arg-type]
+        return self
 
 
 def convert_instance(module: nn.Module, recipe: Recipe) -> None:
@@ -120,14 +129,25 @@ def _layers_in_a_tail(se: Any) -> Layers | None:
 
 
 def _function(original: type[nn.Module], recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
-    names: dict[str, Any] = {}
-    for name, module, qualified_name in recipe.imports:
+    """forward. Like any wrapper it names what it stands for. torch.jit.script compiles that, and looks up its globals
+    in forward's own. (`__name__` is not among them: torch.compile takes the globals of a module from the module.)"""
+    theirs = getattr(original.forward, "__globals__", {})
+    names: dict[str, Any] = {name: value for name, value in theirs.items() if not name.startswith("__")}
+    for name, module, qualified_name in (*recipe.imports, *_SCRIPT_IMPORTS):
         value: Any = importlib.import_module(module)
         for part in filter(None, qualified_name.split(".")):
             value = getattr(value, part)
         names[name] = value
-    file = f"<se_ext: forward of {original.__module__}.{original.__qualname__} {zlib.crc32(recipe.source.encode()):x}>"
-    linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)  # for tracebacks
-    exec(compile(recipe.source, file, "exec"), names)
+    wrapped = original.forward if recipe.script is None else _run(recipe.script, names, original)
+    function = _run(recipe.source, names, original)
+    function.__wrapped__ = wrapped  # type: ignore[attr-defined]
+    return function
+
+
+def _run(source: str, names: dict[str, Any], original: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
+    """The function `forward` of a source."""
+    file = f"<se_ext: forward of {original.__module__}.{original.__qualname__} {zlib.crc32(source.encode()):x}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # for tracebacks and torch.jit.script
+    exec(compile(source, file, "exec"), names)
     function: Callable[[Any, Tensor], Tensor] = names["forward"]
     return function

@@ -66,6 +66,8 @@ def _submodule(module: Any, path: str) -> Any:
 def batch_norm(bn: Any, act: Act, input: Tensor, drop_path: Any = None, residual: Tensor | None = None) -> Tensor:
     """act(drop_path(bn(input)) + residual)"""
     name = _known_name(act)
+    if not _is_of_the_same_kind(residual, input):
+        name = None
     if name is not None and not is_left_to_compilers(bn) and (drop_path is None or is_known_drop_path(drop_path)):
         known = known_norm(bn)
         if known is not None:
@@ -85,7 +87,8 @@ def tail(
     layers = known_block(se)
     excitation = None if layers is None else excitation_of(layers[0], layers[1])
     can_drop = drop_path is None or is_known_drop_path(drop_path)
-    if excitation is None or layers is None or post_name is None or not can_drop:
+    can_add = _is_of_the_same_kind(residual, input)
+    if excitation is None or layers is None or post_name is None or not can_drop or not can_add:
         return _end(se(_activated(bn, pre, input)), post, drop_path, residual)
     _, _, activation, gate = layers
     known = None if bn is None or pre_name is None or is_left_to_compilers(bn) else known_norm(bn)
@@ -104,6 +107,13 @@ def tail(
     return _ops.squeeze_excite_behind_activation(
         u, None, excitation, "identity", activation, gate, residual, post_name, drop_scale
     )
+
+
+def _is_of_the_same_kind(residual: Tensor | None, input: Tensor) -> bool:
+    """Whether the ops take a shortcut beside an input: torch's sum also broadcasts and promotes."""
+    if residual is None or not isinstance(residual, Tensor) or not isinstance(input, Tensor):  # torch.fx's Proxy
+        return True
+    return residual.shape == input.shape and residual.dtype == input.dtype
 
 
 def _activated(bn: Any, act: Act, input: Tensor) -> Tensor:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import ast
 import inspect
+import random
 import textwrap
 from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 # Libraries whose forwards are known to do nothing but compute. Others are read (has_side_effects).
 LIBRARIES = ("torch", "torchvision", "timm", "monai", "segmentation_models_pytorch", "se_ext")
+# What a graph could not say: it is made under one mode and runs under others.
+_MODES = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_inference"}
 # Containers that call their children one after the other, and compute nothing themselves.
 _CHAINS = {("timm.layers.conv_bn_act", "ConvNormAct")}
 
@@ -59,8 +63,11 @@ def trace(module: nn.Module, inlined: Collection[str] = ()) -> fx.Graph:
         raise NotTraceable("forward has not exactly one argument")
     if cls.__module__.partition(".")[0] not in LIBRARIES and has_side_effects(cls):  # type: ignore[arg-type]
         raise NotTraceable("forward may have side effects")
+    if asked := names_read(cls) & _MODES:
+        raise NotTraceable(f"forward asks for {' and '.join(sorted(asked))}")
     opened = [module, *(module.get_submodule(path) for path in inlined)]
     before = [dict(m.__dict__) for m in opened]
+    random_states = random.getstate(), torch.get_rng_state()
     classes = [type(m) for m in opened]
     try:
         for m in opened:
@@ -80,6 +87,10 @@ def trace(module: nn.Module, inlined: Collection[str] = ()) -> fx.Graph:
             object.__setattr__(m, "__class__", converted)
     if changed:
         raise NotTraceable("forward sets attributes")
+    if random.getstate() != random_states[0] or not torch.equal(torch.get_rng_state(), random_states[1]):
+        random.setstate(random_states[0])
+        torch.set_rng_state(random_states[1])
+        raise NotTraceable("forward draws random numbers")
     return graph
 
 

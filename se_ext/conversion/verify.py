@@ -24,7 +24,7 @@ class Reference:
     def __init__(self, model: nn.Module, batch: bool | Tensor) -> None:
         self.original = copy.deepcopy(model)
         self.batch = _images(model) if isinstance(batch, bool) else batch
-        self.expected = _results(self.original, self.batch)
+        self.expected = _results(copy.deepcopy(self.original), self.batch)
 
     def compare(self, model: nn.Module, report: ConversionReport) -> None:
         """Sets report.verified, and reverts what differs: first the modules whose own output differs, then all."""

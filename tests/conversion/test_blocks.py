@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -173,7 +174,7 @@ def converted(
 ) -> tuple[nn.Module, nn.Module, se_ext.ConversionReport]:
     """A block as it is, and a copy of it converted."""
     torch.manual_seed(0)
-    plain = make().double() if double else make()
+    plain = make().double()
     ours = copy.deepcopy(plain)
     return plain, ours, se_ext.convert(ours)
 
@@ -277,6 +278,20 @@ class Tuned(Functional):
         return s * x if self.training else 2 * s * x
 
 
+class OfTheMode(Functional):
+    """Another function where gradients are recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)))))
+        return s * x * 2 if torch.is_grad_enabled() else s * x
+
+
+class Chance(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        s = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)))))
+        return s * x * 2 if random.random() < 0.5 else s * x
+
+
 class InPlace(Functional):
     """The caller sees its input changed."""
 
@@ -300,15 +315,21 @@ class Padded(Functional):
         self.down, self.up = nn.Conv2d(C, M, 1, padding=1), nn.Conv2d(M, C, 1)
 
 
-@pytest.mark.parametrize("cls", [WrongPool, OneOfTwoDims, OtherInput, Counting, Remembering, Tuned, InPlace])
+@pytest.mark.parametrize(
+    "cls", [WrongPool, OneOfTwoDims, OtherInput, Counting, Remembering, Tuned, InPlace, OfTheMode, Chance]
+)
 def test_what_only_looks_like_a_block_is_left(cls: type[nn.Module]) -> None:
     plain, ours, report = converted(cls)
     assert report.converted == []
     assert "nothing was changed" in str(report)
     assert type(ours) is cls
     x = torch.randn(3, C, 6, 5, dtype=torch.float64)
-    with torch.no_grad():
-        assert torch.equal(ours(x.clone()), plain(x.clone()))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            random.seed(0)
+            expected = plain(x.clone())
+            random.seed(0)
+            assert torch.equal(ours(x.clone()), expected)
 
 
 @pytest.mark.parametrize(("cls", "shape"), [(Grouped, (3, C, 6, 5)), (Padded, (3, C, 3, 3))])

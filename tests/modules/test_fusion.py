@@ -812,3 +812,11 @@ def test_an_eps_that_torch_refuses_is_refused() -> None:
     for kind in TAIL:
         with pytest.raises(ValueError, match="eps must be"):
             build(kind, eps=0.0)(make_map((4, C, 3, 2), torch.float64))
+
+
+@pytest.mark.parametrize("gate", [nn.Sigmoid, nn.Hardsigmoid, nn.Tanh])
+def test_called_layers_have_second_derivatives(gate: type[nn.Module]) -> None:
+    se = SqueezeExcitation(4, 2, nn.Tanh, gate).double()
+    se.fc1.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(se, (x,))

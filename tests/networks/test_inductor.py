@@ -185,6 +185,32 @@ MIDDLES: dict[str, tuple[Callable[..., Tensor], int, int]] = {
 }
 
 
+# Middles with our ops, and the same network without SE.
+WITHOUT_COPIES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "block": (lambda m, u, conv: m.se(u), lambda m, u, conv: u),
+    "batch norm and block": (lambda m, u, conv: m.tail(u), lambda m, u, conv: m.tail.bn(u)),
+    "stages": (
+        lambda m, u, conv: se_ext.rescale(u, se_ext.squeeze(u).sigmoid()),
+        lambda m, u, conv: u * u.mean((2, 3), keepdim=True).sigmoid(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_COPIES)
+def test_a_contiguous_training_step_has_no_copy(name: str) -> None:
+    """Eager mode's maps are contiguous here, and Inductor's convolutions choose channels_last for them: an op that asks
+    for eager mode's strides would get copies. (In channels_last both agree.)"""
+    made = []
+    for middle in WITHOUT_COPIES[name]:
+        network, x = Between(middle), images(2, 16)
+        network.tail = se_ext.BatchNormSqueezeExcitation(C, M)
+        compiled = torch.compile(network, fullgraph=True)
+        _, code = run_and_get_code(lambda f=compiled, x=x: f(x).square().sum().backward())
+        made.append([maps_made(program) for program in code])
+    for direction, ours, plain in zip(("forward", "backward"), *made, strict=True):
+        assert ours <= plain, direction
+
+
 @pytest.mark.parametrize("freezing", [False, True], ids=["", "freezing"])
 @pytest.mark.parametrize("name", MIDDLES)
 def test_only_a_dead_input_is_written(name: str, freezing: bool) -> None:

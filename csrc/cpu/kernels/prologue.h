@@ -1,8 +1,8 @@
 // Kernels over the feature map behind a prologue: u = pre(a ⊙ x + b) takes the place of x. On one tile of one sample.
 //
-// Which activations are compiled in: an identity pre with an identity or ReLU behind (batch norm → SE → + shortcut →
-// ReLU), and a common pre with none behind (batch norm → SiLU → SE). Every other pair goes through a switch per
-// register, and so does all of float64, which is for checking results, not for speed.
+// Which activations are compiled in: a common one alone, behind the map (batch norm → SE → + shortcut → ReLU, and every
+// batch norm without an SE block behind it) or in front of the scale (batch norm → SiLU → SE). Every other pair goes
+// through a switch per register, and so does all of float64, which is for checking results, not for speed.
 #pragma once
 
 #include <type_traits>
@@ -97,6 +97,9 @@ SE_EXT_INLINE void dispatch_prologue(Layout layout, Activation pre, Activation p
     if (post == Activation::Identity) return f.template operator()<l>(Identity{}, Identity{});
     if constexpr (!kSwitchAlone<T>) {
       if (post == Activation::Relu) return f.template operator()<l>(Identity{}, Compiled<Activation::Relu>{});
+      if (post == Activation::Relu6) return f.template operator()<l>(Identity{}, Compiled<Activation::Relu6>{});
+      if (post == Activation::Silu) return f.template operator()<l>(Identity{}, Compiled<Activation::Silu>{});
+      if (post == Activation::Hardswish) return f.template operator()<l>(Identity{}, Compiled<Activation::Hardswish>{});
     }
     return f.template operator()<l>(Identity{}, Any{post});
   });
