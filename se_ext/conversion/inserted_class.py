@@ -75,7 +75,8 @@ def inserted_class(plain: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     }
     bases = (plain,) if issubclass(plain, Inserted) else (Inserted, plain)
     cls: Any = InsertedType(plain.__name__, bases, namespace)
-    return cls
+    result: type[nn.Module] = cls
+    return result
 
 
 def _reduce(cls: Any) -> Any:

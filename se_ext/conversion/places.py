@@ -295,8 +295,8 @@ class Reader:
         if node.target in ("permute", torch.permute):
             dims = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
             return self.channels_before(node, tuple(dims), last)  # type: ignore[arg-type]
-        if node.target is operator.getitem and (parts := node.all_input_nodes[0]).target in ("chunk", torch.chunk):
-            return None if last else self.channels_taken(node, tuple(u for part in parts.users for u in part.users))
+        if node.target is operator.getitem and (split := node.all_input_nodes[0]).target in ("chunk", torch.chunk):
+            return None if last else self.channels_taken(node, tuple(u for part in split.users for u in part.users))
         if node.op == "placeholder" or node.target in (operator.getitem, *_VIEWS):
             return None if last else self.channels_taken(node, tuple(node.users))
         for argument in node.all_input_nodes:

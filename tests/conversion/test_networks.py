@@ -27,7 +27,7 @@ TIMM: dict[str, tuple[dict[str, Any], int, str, int]] = {
     "seresnet18": (DROP, 32, "SEModule", 8),
     "seresnext26d_32x4d": (DROP, 32, "SEModule", 8),
     "ecaresnet26t": ({}, 32, "EcaModule", 8),
-    "regnety_002": (DROP, 32, "SEModule", 13),
+    "regnety_002": (DROP, 64, "SEModule", 13),
     "efficientnet_b0": (DROP, 32, "SqueezeExcite", 16),
     "tf_efficientnetv2_b0": (DROP, 32, "SqueezeExcite", 16),
     "mixnet_s": ({}, 32, "SqueezeExcite", 13),
@@ -35,11 +35,11 @@ TIMM: dict[str, tuple[dict[str, Any], int, str, int]] = {
     "semnasnet_075": (DROP, 32, "SqueezeExcite", 8),
     "lcnet_050": ({}, 32, "SqueezeExcite", 2),
     "lcnetv2_small": ({}, 32, "SEModule", 4),
-    "ghostnet_050": ({}, 32, "SqueezeExcite", 7),
-    "repghostnet_050": ({}, 32, "SqueezeExcite", 7),
+    "ghostnet_050": ({}, 64, "SqueezeExcite", 7),
+    "repghostnet_050": ({}, 64, "SqueezeExcite", 7),
     "rexnet_100": ({"width_mult": 0.5, **DROP}, 32, "SEModule", 13),
     "tresnet_m": ({"width_factor": 0.25}, 32, "SEModule", 18),
-    "hardcorenas_a": ({}, 32, "SqueezeExcite", 8),
+    "hardcorenas_a": ({}, 64, "SqueezeExcite", 8),
     "hgnet_tiny": ({}, 32, "EseModule", 5),
     "ese_vovnet19b_slim_dw": ({}, 32, "EffectiveSEModule", 4),
     "cspnext_tiny": ({}, 32, "EffectiveSEModule", 4),
@@ -55,6 +55,8 @@ TORCHVISION: dict[str, tuple[dict[str, Any], int, str, int]] = {
     "mobilenet_v3_small": ({}, 32, "SqueezeExcitation", 9),
     "regnet_y_400mf": ({}, 32, "SqueezeExcitation", 16),
 }
+# Each takes as long as a dozen of the others.
+SLOW = {"tresnet_m", "hgnet_tiny", "cs3se_edgenet_x", "efficientnet_v2_s", "hardcorenas_a", "nf_regnet_b0"}
 CASES = [("timm", name, *row) for name, row in TIMM.items()]
 CASES += [("torchvision", name, *row) for name, row in TORCHVISION.items()]
 
@@ -75,7 +77,11 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, see
 
 
 @pytest.mark.parametrize(
-    ("library", "name", "options", "size", "block", "number"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES]
+    ("library", "name", "options", "size", "block", "number"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=[pytest.mark.slow] if case[1] in SLOW else [])
+        for case in CASES
+    ],
 )
 def test_family(library: str, name: str, options: dict[str, Any], size: int, block: str, number: int) -> None:
     plain = make(library, name, options)
