@@ -49,8 +49,10 @@ def copy_package(folder: Path) -> Path:
     """A copy of the package in the folder; the shared objects are links."""
     copy = folder / "se_ext"
     copy.mkdir(parents=True)
-    for file in _loader.PACKAGE.glob("*.py"):
-        shutil.copy(file, copy)
+    for file in _loader.PACKAGE.rglob("*.py"):
+        to = copy / file.relative_to(_loader.PACKAGE)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copy(file, to)
     for file in _loader.PACKAGE.glob("*.so"):
         (copy / file.name).symlink_to(file)
     return copy
