@@ -1,13 +1,17 @@
-"""`python -m se_ext`: what the library was built with and runs on, for bug reports."""
+"""`python -m se_ext`: what the library was built with and runs on, for bug reports. `python -m se_ext convert-report`:
+what a conversion does to a network."""
 
 from __future__ import annotations
 
+import argparse
 import platform
+import sys
 
 import torch
 
 import se_ext
 from se_ext import _C, _build
+from se_ext.conversion import command
 
 
 def report() -> dict[str, str]:
@@ -32,7 +36,23 @@ def report() -> dict[str, str]:
     return lines
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m se_ext", description="Without a command: what se_ext was built with and runs on."
+    )
+    parser.set_defaults(do=_print_report)
+    command.add_to(parser.add_subparsers(metavar="COMMAND"))
+    options = parser.parse_args(arguments)
+    try:
+        options.do(options)
+    except command.CommandError as error:
+        print(f"{parser.prog} {command.NAME}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_report(options: argparse.Namespace) -> None:
     lines = report()
     width = max(map(len, lines))
     for label, value in lines.items():
@@ -40,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from benchmarks import summary
 from benchmarks.cases.problem import LAYOUTS, SEED, to_layout
 from benchmarks.measure.case import Case, Work, WrongResult
 from benchmarks.measure.timing import Plan, Step, recorded
+from se_ext.conversion.measure import peak_bytes
 
 # timm imports torchvision, which needs the tests' help beside a CPU build of torch.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
@@ -222,18 +222,3 @@ def make_step(network: nn.Module, images: Tensor, labels: Tensor) -> Step:
         optimizer.step()
 
     return step
-
-
-def peak_bytes(step: Step, network: nn.Module) -> int:
-    """The most memory that tensors hold during a step: parameters, buffers, and what it allocates on top of them.
-
-    Gradients are freed before the profile starts, as the step would do first: the profiler takes the size of a block
-    that it did not see allocated from any earlier profile that saw one at that address.
-    """
-    network.zero_grad(set_to_none=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        step()
-    profiler: Any = prof.profiler
-    events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    held = list(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-    return max(held, default=0) + sum(t.nbytes for t in network.state_dict().values())

@@ -10,6 +10,7 @@ check.py          whether a block's conversion computes the same; verify.py: whe
 convert.py        the two functions; report.py: what they tell
 places.py         where an SE block goes in a network that has none
 inserted_class.py the class of a module with an inserted block; insertion.py: the function
+command.py        `python -m se_ext convert-report`; measure.py: the times and the memory that it prints
 """
 
 from .convert import convert, revert

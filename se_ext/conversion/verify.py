@@ -67,11 +67,11 @@ def _results(model: nn.Module, batch: Tensor) -> Results:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode(False):
         model.eval()
         with torch.no_grad():
-            results |= {f"evaluation {i}": t for i, t in enumerate(_tensors(model(x)))}
+            results |= {f"evaluation {i}": t for i, t in enumerate(tensors_in(model(x)))}
         model.train()
         torch.manual_seed(0)
         with torch.enable_grad():
-            outputs = [t for t in _tensors(model(x)) if t.requires_grad]
+            outputs = [t for t in tensors_in(model(x)) if t.requires_grad]
             loss = sum(
                 (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=device).view_as(t)).sum() for t in outputs
             )
@@ -84,7 +84,7 @@ def _results(model: nn.Module, batch: Tensor) -> Results:
     return results
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_in(output: Any) -> list[Tensor]:
     flat, _ = torch.utils._pytree.tree_flatten(output)
     return [t for t in flat if isinstance(t, Tensor)]
 
