@@ -8,13 +8,16 @@ BUILD := $(VENV)/.built
 CPP := $(shell find csrc tests/cuda_host tests/cpp examples/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py setup_compile.py setup_cuda.py pyproject.toml csrc/instruction_sets.txt $(wildcard cmake/*.in) $(filter csrc/%,$(CPP))
 
-.PHONY: help demo test test-isa emulated cpp cuda-check cuda-host gpu-check bench readme lint format clean
+.PHONY: help demo insertion test test-isa emulated cpp cuda-check cuda-host gpu-check bench readme lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 demo: $(BUILD)  ## train a small CNN on handwritten digits: without SE, with plain SE, with se_ext
 	$(BIN)/python -m examples.digits $(ARGS)
+
+insertion: $(BUILD)  ## train a small CNN on photographs of solar cells: plain, with inserted SE blocks, twice as deep
+	$(BIN)/python -m examples.insertion $(ARGS)
 
 test: $(BUILD)  ## the tests, but the slow ones
 	SE_EXT_REQUIRE_BUILD_TREE=1 $(BIN)/python -m pytest $(ARGS)

@@ -1,5 +1,8 @@
 """se_ext: Squeeze-and-Excitation for PyTorch, as fused ops that train."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from ._loader import LIBRARY as _LIBRARY
 from ._loader import PACKAGE as _PACKAGE
 from ._loader import load as _load
@@ -29,9 +32,11 @@ from .attention import (  # noqa: E402
     ScaleShiftSqueezeExcitation,
     SpatialSqueezeExcitation,
 )
-from .conversion import ConversionReport, InsertionReport, convert, insert_se, revert  # noqa: E402
 from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
+
+if _TYPE_CHECKING:
+    from .conversion import ConversionReport, InsertionReport, convert, insert_se, revert
 
 _flops.register()
 _inductor.register()
@@ -42,6 +47,17 @@ __version__ = "0.1.0"
 # find_package(se_ext) where CMAKE_PREFIX_PATH has it.
 library_path: str = str(_LIBRARY)
 cmake_prefix_path: str = str(_PACKAGE / "cmake")
+
+
+def __getattr__(name: str) -> _Any:
+    """What changes a user's network is imported at its first use: it would take as long as all the rest."""
+    if name not in ("ConversionReport", "InsertionReport", "convert", "insert_se", "revert"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import conversion
+
+    value = globals()[name] = getattr(conversion, name)
+    return value
+
 
 __all__ = [
     "BatchNormSqueezeExcitation",

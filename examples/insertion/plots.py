@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from .model import DEEPER, PLAIN, WITH_SE
 
@@ -56,7 +56,8 @@ def plot_cost(rows: dict[str, dict], path: Path) -> None:
             look = {"color": COLORS[variant], "marker": MARKERS[variant]}
             axis.scatter([row[key]] * len(accuracies), accuracies, s=18, alpha=0.4, **look)
             axis.scatter([row[key]], [row["test_accuracy_mean"]], s=110, label=variant, edgecolors="white", **look)
-        axis.set(xlabel=name, xlim=(0, None))
+        axis.set(xlabel=name, xlim=(0, 1.08 * max(row[key] for row in rows.values())))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of test images classified right")

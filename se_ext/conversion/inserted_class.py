@@ -74,7 +74,9 @@ def inserted_class(plain: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         "forward": _function(plain, recipe),
     }
     bases = (plain,) if issubclass(plain, Inserted) else (Inserted, plain)
-    return InsertedType(plain.__name__, bases, namespace)
+    cls: Any = InsertedType(plain.__name__, bases, namespace)
+    result: type[nn.Module] = cls
+    return result
 
 
 def _reduce(cls: Any) -> Any:
@@ -84,4 +86,4 @@ def _reduce(cls: Any) -> Any:
     return cls.__qualname__
 
 
-copyreg.pickle(InsertedType, _reduce)  # type: ignore[arg-type]
+copyreg.pickle(InsertedType, _reduce)

@@ -15,7 +15,7 @@ from .convert import check_convertible, convert
 from .fused_class import is_converted, restore
 from .inserted_class import Inserted, behind, insert_in_forward
 from .neighbours import recipe_of
-from .places import PLACEMENTS, Missed, Place, find
+from .places import PLACEMENTS, Missed, Place, find, is_gate
 from .report import Row, table
 from .trace import NotTraceable, names_read, trace
 
@@ -187,6 +187,9 @@ def _nothing_found(
     reasons = list(dict.fromkeys(m.reason for m in missed))
     if "has an SE block already" in reasons:
         report.message = "insert_se: every place has an SE block already; nothing was changed"
+        return report
+    if any(is_gate(m) for m in model.modules()):
+        report.message = "insert_se: the network has SE blocks, and no other place for one; nothing was changed"
         return report
     expected = "a CNN of residual blocks, separable convolutions, concatenated branches or plain convolutions"
     if reasons:

@@ -158,7 +158,7 @@ class Container:
     # ---- matches ----
 
     def matches(self) -> list[Match]:
-        """What there is to fuse, in the order of the graph; empty if nothing is worth another forward."""
+        """What there is to fuse, in the order of the graph."""
         taken: set[fx.Node] = set()
         found = []
         blocks = [node for node in self.graph.nodes if (m := self.called(node)) is not None and self.is_block(m)]
@@ -170,8 +170,6 @@ class Container:
             if match is not None:
                 taken.update(match.nodes)
                 found.append(match)
-        if not any(len(match.nodes) > 1 for match in found):
-            return []
         order = {node: index for index, node in enumerate(self.graph.nodes)}
         return sorted(found, key=lambda match: order[match.nodes[0]])
 

@@ -290,13 +290,13 @@ class Reader:
         ):
             return _channels_of_output(m, last)
         if node.target in _CONCATENATIONS:
-            parts = [self.channels(part) for part in self.concatenated(node)]
-            return None if last or None in parts else sum(part for part in parts if part is not None)
+            numbers = [self.channels(part) for part in self.concatenated(node)]
+            return None if last or None in numbers else sum(number for number in numbers if number is not None)
         if node.target in ("permute", torch.permute):
             dims = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
             return self.channels_before(node, tuple(dims), last)  # type: ignore[arg-type]
-        if node.target is operator.getitem and (parts := node.all_input_nodes[0]).target in ("chunk", torch.chunk):
-            return None if last else self.channels_taken(node, tuple(u for part in parts.users for u in part.users))
+        if node.target is operator.getitem and (split := node.all_input_nodes[0]).target in ("chunk", torch.chunk):
+            return None if last else self.channels_taken(node, tuple(u for part in split.users for u in part.users))
         if node.op == "placeholder" or node.target in (operator.getitem, *_VIEWS):
             return None if last else self.channels_taken(node, tuple(node.users))
         for argument in node.all_input_nodes:

@@ -66,7 +66,7 @@ def _submodule(module: Any, path: str) -> Any:
 def batch_norm(bn: Any, act: Act, input: Tensor, drop_path: Any = None, residual: Tensor | None = None) -> Tensor:
     """act(drop_path(bn(input)) + residual)"""
     name = _known_name(act)
-    if not _is_of_the_same_kind(residual, input):
+    if not _is_of_the_same_kind(residual, input) or not _is_map(bn, input):
         name = None
     if name is not None and not is_left_to_compilers(bn) and (drop_path is None or is_known_drop_path(drop_path)):
         known = known_norm(bn)
@@ -91,7 +91,8 @@ def tail(
     if excitation is None or layers is None or post_name is None or not can_drop or not can_add:
         return _end(se(_activated(bn, pre, input)), post, drop_path, residual)
     _, _, activation, gate = layers
-    known = None if bn is None or pre_name is None or is_left_to_compilers(bn) else known_norm(bn)
+    is_called = bn is None or pre_name is None or is_left_to_compilers(bn) or not _is_map(bn, input)
+    known = None if is_called else known_norm(bn)
     if known is not None:
         normalization, own = known
         if own == "identity" or pre_name == "identity":
@@ -114,6 +115,11 @@ def _is_of_the_same_kind(residual: Tensor | None, input: Tensor) -> bool:
     if residual is None or not isinstance(residual, Tensor) or not isinstance(input, Tensor):  # torch.fx's Proxy
         return True
     return residual.shape == input.shape and residual.dtype == input.dtype
+
+
+def _is_map(bn: Any, input: Tensor) -> bool:
+    """Whether the ops take a batch norm's input: BatchNorm1d's may be [N, C]."""
+    return input.dim() > 2 if isinstance(input, Tensor) else type(bn) is not nn.BatchNorm1d
 
 
 def _activated(bn: Any, act: Act, input: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_the_source_distribution_holds_all_that_a_build_reads(tmp_path: Path) ->
     with tarfile.open(archive) as tar:
         held = {Path(*Path(member.name).parts[1:]).as_posix() for member in tar if member.isfile()}
 
-    patterns = ("csrc/**/*", "cmake/*", "se_ext/*.py", "se_ext/*.pyi", "setup*.py")
+    patterns = ("csrc/**/*", "cmake/*", "se_ext/**/*.py", "se_ext/*.pyi", "setup*.py")
     sources = [file for pattern in patterns for file in ROOT.glob(pattern)]
     wanted = {file.relative_to(ROOT).as_posix() for file in sources if file.is_file()} - {"se_ext/_build.py"}
     wanted |= {"pyproject.toml", "LICENSE", "README.md", "CMakeLists.txt", "se_ext/py.typed"}

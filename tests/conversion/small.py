@@ -95,6 +95,7 @@ def pair(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
 CONVERTED = {
     "stem": "0 bn → act",
     **{f"blocks.{i}.se": "block" for i in range(4)},
+    "blocks.1.downsample": "0 bn",
     **{f"blocks.{i}": "neighbours" for i in range(4)},
     **{f"blocks.{i}.bn{j}": "norm" for i in (2, 3) for j in (1, 2, 3)},
 }

@@ -360,3 +360,20 @@ def test_activations_of_libraries_are_what_their_names_say() -> None:
     for (module, name), expected in _ACTIVATIONS_OF_LIBRARIES.items():
         known = GATES if expected == "hardsigmoid" else ACTIVATIONS
         assert name_of("activation", getattr(timm(module), name), known) == expected
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_quantised_layers_are_called(first: bool) -> None:
+    """Dynamic quantisation puts modules of its own in the layers' places, before the conversion or after it."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(Flattened())
+    ours = copy.deepcopy(plain)
+    if not first:
+        assert len(se_ext.convert(ours).converted) == 1
+    plain, ours = (torch.ao.quantization.quantize_dynamic(m, {nn.Linear}) for m in (plain, ours))
+    if first:
+        report = se_ext.convert(ours)
+        assert report.converted == []
+    x = torch.randn(3, C, 6, 5)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)

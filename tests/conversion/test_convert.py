@@ -48,8 +48,8 @@ def test_every_block_and_batch_norm_is_fused() -> None:
     plain, ours = pair()
     names = ops_in(ours)
     assert names.count("se_ext::_bn_squeeze_excite_running") == 4
-    # the stem; bn1 of four blocks; bn3 of timm's
-    assert names.count("se_ext::_bn_activation_running") == 1 + 4 + 2
+    # the stem; bn1 of four blocks; the projection; bn3 of timm's
+    assert names.count("se_ext::_bn_activation_running") == 1 + 4 + 1 + 2
     assert ops_in(plain) == []
 
 
@@ -429,6 +429,27 @@ def test_a_sum_that_broadcasts() -> None:
     plain = Broadcast().double()
     ours = copy.deepcopy(plain)
     assert "shortcut" in str(se_ext.convert(ours))
+    assert_same(results(ours), results(plain))
+
+
+def test_batch_norm_of_vectors() -> None:
+    """BatchNorm1d takes [N, C] and [N, C, L]."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        SE(8, 4),
+        nn.Flatten(2),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+    )
+    plain(images(torch.float32))
+    plain = plain.double()
+    ours = copy.deepcopy(plain)
+    assert "3 → 4" in str(se_ext.convert(ours))
     assert_same(results(ours), results(plain))
 
 
