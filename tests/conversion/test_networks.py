@@ -48,6 +48,12 @@ TIMM: dict[str, tuple[dict[str, Any], int, str, int]] = {
     "repvit_m1": ({}, 32, "SEModule", 10),
     "fastvit_t8": ({}, 32, "SEModule", 1),
     "legacy_seresnet18": ({}, 32, "SEModule", 8),
+    "eca_botnext26ts_256": ({}, 256, "EcaModule", 5),
+    "efficientvim_m1": ({}, 128, "SEModule", 2),
+    "efficientvit_m0": ({}, 128, "SEModule", 2),
+    "shvit_s1": ({}, 128, "SEModule", 2),
+    "gcvit_xxtiny": ({"img_size": 64}, 64, "SEModule", 11),
+    "rdnet_tiny": ({}, 64, "EffectiveSEModule", 15),
 }
 TORCHVISION: dict[str, tuple[dict[str, Any], int, str, int]] = {
     "efficientnet_b0": ({}, 32, "SqueezeExcitation", 16),
@@ -56,7 +62,20 @@ TORCHVISION: dict[str, tuple[dict[str, Any], int, str, int]] = {
     "regnet_y_400mf": ({}, 32, "SqueezeExcitation", 16),
 }
 # Each takes as long as a dozen of the others.
-SLOW = {"tresnet_m", "hgnet_tiny", "cs3se_edgenet_x", "efficientnet_v2_s", "hardcorenas_a", "nf_regnet_b0"}
+SLOW = {
+    "eca_botnext26ts_256",
+    "efficientvim_m1",
+    "efficientvit_m0",
+    "shvit_s1",
+    "gcvit_xxtiny",
+    "rdnet_tiny",
+    "tresnet_m",
+    "hgnet_tiny",
+    "cs3se_edgenet_x",
+    "efficientnet_v2_s",
+    "hardcorenas_a",
+    "nf_regnet_b0",
+}
 CASES = [("timm", name, *row) for name, row in TIMM.items()]
 CASES += [("torchvision", name, *row) for name, row in TORCHVISION.items()]
 
