@@ -92,7 +92,9 @@ def emulate(cpu: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         if os.environ.get("SE_EXT_REQUIRE_QEMU") == "1":
             pytest.fail("no qemu-x86_64")
         pytest.skip("no qemu-x86_64 (Debian: qemu-user)")
-    env = {k: v for k, v in os.environ.items() if k not in ("SE_EXT_CPU_ISA", "SE_EXT_REQUIRE_ISA")}
+    # NumPy's OpenBLAS would take the kernels that OPENBLAS_CORETYPE names, whatever the CPU.
+    own_choice = ("SE_EXT_CPU_ISA", "SE_EXT_REQUIRE_ISA", "OPENBLAS_CORETYPE")
+    env = {k: v for k, v in os.environ.items() if k not in own_choice}
     env["OMP_NUM_THREADS"] = "2"
     command = [qemu, "-cpu", cpu, sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
