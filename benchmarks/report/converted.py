@@ -6,18 +6,10 @@ from collections.abc import Sequence
 
 from benchmarks.report.markdown import ABSENT, number, table
 from benchmarks.report.networks import MODES, with_spread
-from benchmarks.summary import COMPILED, CONVERTED, EAGER, PLAIN, Row, paired_ratio
-
-FORMS = {EAGER: "eager", COMPILED: "compiled"}
-
+from benchmarks.report.whole_networks import FORMS, speedup
+from benchmarks.summary import CONVERTED, EAGER, PLAIN, Row
 
 # ---- what follows from a row; None where it was not measured ----
-
-
-def speedup(row: Row, form: str) -> dict[str, float] | None:
-    """The plain network's time over the converted one's, round by round."""
-    found = [row["variants"].get(form + change) for change in (PLAIN, CONVERTED)]
-    return None if None in found else paired_ratio(*(variant["samples_us"] for variant in found))
 
 
 def peak_ratio(row: Row) -> float | None:
@@ -49,7 +41,7 @@ def converted_table(rows: Sequence[Row]) -> str:
 
 
 def _times_and_speedup(row: Row, form: str) -> list[str]:
-    found = speedup(row, form)
+    found = speedup(row, form, CONVERTED)
     if found is None:
         return [ABSENT, ABSENT]
     times = [number(row["variants"][form + change]["time_us"]["median"] / 1e3, 1) for change in (PLAIN, CONVERTED)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments import ALL, OWN_NETWORK
+from benchmarks.experiments import ALL
 from benchmarks.measure import results_file
 from benchmarks.report import targets
 from benchmarks.report.allocators import allocator_table, large_input_table
@@ -144,16 +144,19 @@ def tables(results: Results, name: str) -> str:
 
 def readme(measured: Measured) -> str:
     """The speed of whole networks and of the block in ten rows at most, and what they were measured on."""
-    networks = [row for row in measured.rows("whole_networks", judged=True) if row["batch"] == BATCH]
+    kind = "converted" if measured.rows("converted", judged=True) else "whole_networks"
+    networks = [
+        row for row in measured.rows(kind, judged=True) if row["batch"] == BATCH and row.get("layout", "nhwc") == "nhwc"
+    ]
     blocks = measured.rows("blocks", judged=True)
     parts = [speedup_table(networks, blocks)]
-    for results in measured.of_kind("whole_networks") if networks else []:
+    for results in measured.of_kind(kind) if networks else []:
         machine, torch = results["machine"], results["software"]["torch"]
         sizes = " and ".join(f"{size}×{size}" for (size,) in groups(networks, "image_size"))
         parts.append(
             f"Median times on {machine['threads']} cores of an {machine['cpu']} ({machine['isa']}), torch {torch}, "
-            f"float32, channels_last, batch {BATCH}, images of {sizes}. With se_ext, {OWN_NETWORK} is "
-            f"`se_ext.models.{OWN_NETWORK}`, the others are timm's networks with their SE blocks replaced."
+            f"float32, channels_last, batch {BATCH}, images of {sizes}: timm's networks, without and with "
+            f"{'a call of `se_ext.convert`' if kind == 'converted' else 'se_ext in the place of their SE blocks'}."
         )
     if blocks:
         models = {use["model"] for row in blocks for use in row["workload"]["uses"]}

@@ -9,6 +9,7 @@ from benchmarks.report.networks import MODES, with_spread
 from benchmarks.summary import (
     BARE,
     COMPILED,
+    CONVERTED,
     EAGER,
     ONLY_BLOCKS,
     ONNX_RUNTIME,
@@ -80,11 +81,13 @@ def compiled_times(row: Row) -> str:
 
 
 def speedup_table(networks: Sequence[Row], blocks: Sequence[Row]) -> str:
-    """In a user's terms. The block's rows are geometric means."""
-    lines = [
-        [row["name"], MODES[row["mode"]], *(cell for form in FORMS for cell in _times_and_speedup(row, form))]
-        for row in networks
-    ]
+    """In a user's terms. The block's rows are geometric means. A network with se_ext is a converted one, in rows that
+    have one."""
+    lines = []
+    for row in networks:
+        change = CONVERTED if EAGER + CONVERTED in row["variants"] else WITH
+        cells = [cell for form in FORMS for cell in _times_and_speedup(row, form, change)]
+        lines.append([row["name"], MODES[row["mode"]], *cells])
     same = [row for row in blocks if (row["batch"], row["dtype"], row["device"]) == (BATCH, "float32", "cpu")]
     for mode, words in BLOCK_MODES.items():
         members = [row for row in same if row["mode"] == mode]
@@ -97,11 +100,11 @@ def speedup_table(networks: Sequence[Row], blocks: Sequence[Row]) -> str:
     return table(head, lines, "llr")
 
 
-def _times_and_speedup(row: Row, form: str) -> list[str]:
-    found = speedup(row, form)
+def _times_and_speedup(row: Row, form: str, change: str) -> list[str]:
+    found = speedup(row, form, change)
     if found is None:
         return [ABSENT, ABSENT]
-    times = [number(row["variants"][form + change]["time_us"]["median"] / 1e3, 0) for change in (PLAIN, WITH)]
+    times = [number(row["variants"][form + name]["time_us"]["median"] / 1e3, 0) for name in (PLAIN, change)]
     return [f"{times[0]} → {times[1]} ms", f"{number(found['median'])}×"]
 
 
