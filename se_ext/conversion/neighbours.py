@@ -22,7 +22,7 @@ from . import steps
 from .fused_class import Recipe
 from .trace import NotTraceable, is_chain, original_class, trace
 
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 # timm's batch norm with an activation inside
 NORM_ACT = ("timm.layers.norm_act", "BatchNormAct2d")
 
@@ -125,7 +125,7 @@ class Container:
                 continue
             if m is not None and self.is_block(m):
                 candidates = [node.args[0]]
-            elif node.target in _SUMS and len(node.args) == 2:
+            elif node.target in SUMS and len(node.args) == 2:
                 candidates = list(node.args)
             else:
                 continue
@@ -233,7 +233,7 @@ class Container:
                 match.drop_path = str(user.target)
                 take(user)
                 continue
-            if user.target in _SUMS and len(user.args) == 2 and not user.kwargs:
+            if user.target in SUMS and len(user.args) == 2 and not user.kwargs:
                 mine = passed[-1] if passed else match.nodes[-1]
                 a, b = user.args
                 other = b if a is mine else a

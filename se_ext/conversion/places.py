@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from .._known import SE_BLOCKS
 from .._names import function_name
 from .blocks import block_in
+from .neighbours import SUMS
 from .steps import is_known_drop_path
 from .trace import NotTraceable, is_chain, trace
 
@@ -35,7 +36,6 @@ _POOLS = tuple(
     getattr(nn, f"{kind}Pool{dims}d") for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax") for dims in (1, 2, 3)
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _VIEWS = (
     *("view", "reshape", "transpose", "contiguous", "flatten", "unflatten"),
@@ -348,7 +348,7 @@ class Reader:
 
     def residual_blocks(self) -> Iterator[_Unit]:
         for node in self.nodes:
-            if node.target not in _SUMS or len(node.args) != 2:
+            if node.target not in SUMS or len(node.args) != 2:
                 continue
             if not all(isinstance(argument, fx.Node) for argument in node.args):
                 continue
@@ -460,7 +460,7 @@ class Reader:
             node, users = unit.shortcut or end, (unit.output,)
             channels = width
             if unit.shortcut is not None:
-                users = tuple(user for user in node.users if user.target in _SUMS)
+                users = tuple(user for user in node.users if user.target in SUMS)
         else:
             node = end if unit.gated is None else unit.gated
             users, channels = tuple(node.users), self.channels(node)
