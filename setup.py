@@ -41,6 +41,8 @@ import setup_cuda  # noqa: E402
 from setup_compile import check_openmp, compile_each  # noqa: E402
 
 CSRC = Path("csrc")
+# Those of the map and the excitation, and those of the depthwise convolution.
+KERNEL_FOLDERS = ("cpu/kernels", "cpu/kernels/depthwise")
 IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
 
 OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
@@ -64,10 +66,15 @@ def instruction_sets() -> dict[str, list[str]]:
     return {name: flags for processor, name, *flags in lines if processor in here}
 
 
-def kernel_library(name: str, flags: list[str]) -> tuple[str, dict]:
-    source = str(CSRC / "cpu" / "kernels" / f"{name}.cpp")
-    kernel_headers = [h for h in headers() if "cpu/kernels" in h or h.endswith(("params.h", "ops/activation.h"))]
-    return f"se_ext_{name}", {
+def kernel_libraries(name: str, flags: list[str]) -> list[tuple[str, dict]]:
+    return [kernel_library(folder, name, flags) for folder in KERNEL_FOLDERS]
+
+
+def kernel_library(folder: str, name: str, flags: list[str]) -> tuple[str, dict]:
+    source = str(CSRC / folder / f"{name}.cpp")
+    near = [h for h in headers() if Path(h).parent in (CSRC / folder, CSRC / KERNEL_FOLDERS[0])]
+    kernel_headers = near + [h for h in headers() if h.endswith(("params.h", "ops/activation.h"))]
+    return f"se_ext_{Path(folder).name}_{name}", {
         "sources": [source],
         "obj_deps": {source: kernel_headers},
         "cflags": [*KERNEL_FLAGS, *flags],
@@ -92,7 +99,7 @@ class BuildKernels(build_clib):
         if self.distribution.verbose < 2:  # setup.py -v prints each compiler's command
             logging.disable(logging.INFO)
         try:
-            names = ", ".join(Path(source).stem for source in stale)
+            names = ", ".join(str(Path(source).relative_to(CSRC / KERNEL_FOLDERS[0]).with_suffix("")) for source in stale)
             compile_each(f"CPU kernels for {names}", stale, lambda source: build([stale[source]]))
             build([library for library in libraries if library not in stale.values()])
         finally:
@@ -186,7 +193,7 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    libraries=[kernel_library(name, flags) for name, flags in instruction_sets().items()],
+    libraries=[library for name, flags in instruction_sets().items() for library in kernel_libraries(name, flags)],
     ext_modules=extensions(),
     cmdclass={"build_ext": Build, "build_clib": BuildKernels},
 )

@@ -50,6 +50,13 @@ TORCH_LIBRARY(se_ext, m) {
       "str activation, Tensor? residual=None, Tensor? drop_scale=None) -> Tensor",
       tags);
 
+  // The block's neighbour: each channel meets a filter of its own, weight [C, 1, *kernel]. stride and dilation: one value
+  // for all spatial dims, or one a dim; padding also two a dim (begin and end), and none for "same" (ops/convolution.h).
+  m.def(
+      "depthwise_conv(Tensor input, Tensor weight, Tensor? bias=None, int[1] stride=1, int[] padding=[0], "
+      "int[1] dilation=1) -> Tensor",
+      tags);
+
   // In place, for inference. They return nothing: a compiler takes what an op returns for memory of its own, and reuses
   // that of an input whose last reader it has seen, while an alias of it is still to be read.
   m.def("rescale_(Tensor(a!) input, Tensor scale, Tensor? residual=None, str post_activation=\"identity\") -> ()",
@@ -103,5 +110,9 @@ TORCH_LIBRARY(se_ext, m) {
       "_bn_activation_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, bool batch_statistics, "
       "float eps, str activation, Tensor? saved, Tensor? drop_scale, Tensor mean, Tensor inverse, bool[4] mask) "
       "-> (Tensor input, Tensor weight, Tensor bias, Tensor residual)",
+      tags);
+  m.def(
+      "_depthwise_conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, int[] stride, "
+      "int[] padding, int[] dilation, bool[3] mask) -> (Tensor input, Tensor weight, Tensor bias)",
       tags);
 }

@@ -15,6 +15,7 @@ struct Capability {
   const char* name;
   bool (*supported)();
   const KernelTable& (*table)();
+  const DepthwiseTable& (*depthwise_table)();
 };
 
 bool always() {
@@ -23,11 +24,11 @@ bool always() {
 
 // Those of csrc/instruction_sets.txt. A build by CMake may leave out all but the baseline.
 const Capability kCapabilities[] = {
-    {"baseline", always, baseline::table},
+    {"baseline", always, baseline::table, baseline::depthwise_table},
 #if defined(__x86_64__) && !defined(SE_EXT_WITHOUT_AVX2)
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-     avx2::table},
+     avx2::table, avx2::depthwise_table},
 #endif
 #if defined(__x86_64__) && !defined(SE_EXT_WITHOUT_AVX512)
     {"avx512",
@@ -36,7 +37,7 @@ const Capability kCapabilities[] = {
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      },
-     avx512::table},
+     avx512::table, avx512::depthwise_table},
 #endif
 };
 
@@ -66,6 +67,11 @@ const Capability& chosen() {
 const KernelTable& kernels() {
   static const KernelTable& table = chosen().table();
   return table;
+}
+
+const DepthwiseKernels& depthwise_kernels(DType type) {
+  static const DepthwiseTable& table = chosen().depthwise_table();
+  return table.of[static_cast<int>(type)];
 }
 
 }  // namespace se_ext::cpu

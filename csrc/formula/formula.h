@@ -16,6 +16,7 @@ Tensor compute(const ops::Rescale& a);
 Tensor compute(const ops::SqueezeExcite& a);
 std::tuple<Tensor, Tensor, Tensor> compute(const ops::BnSqueezeExcite& a);
 std::tuple<Tensor, Tensor, Tensor, Tensor> compute(const ops::BnActivation& a);
+Tensor compute(const ops::DepthwiseConv& a);
 
 // The backward ops, differentiable in every argument of forward. What forward saved of the small tensors is computed
 // anew, as a function of the inputs, or second derivatives would miss the paths through it.
@@ -24,5 +25,6 @@ std::array<Tensor, 3> compute(const ops::RescaleBackward& a);
 std::array<Tensor, 6> compute(const ops::SqueezeExciteBackward& a);
 std::array<Tensor, 8> compute(const ops::BnSqueezeExciteBackward& a);
 std::array<Tensor, 4> compute(const ops::BnActivationBackward& a);
+std::array<Tensor, 3> compute(const ops::DepthwiseConvBackward& a);
 
 }  // namespace se_ext::formula

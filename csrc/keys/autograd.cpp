@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <deque>
 #include <string>
 #include <utility>
 #include <vector>
@@ -147,6 +148,7 @@ struct Kept {
   void add(std::string_view name) { options.emplace_back(std::string(name)); }
   void add(bool value) { options.emplace_back(value); }
   void add(double value) { options.emplace_back(value); }
+  void add(at::IntArrayRef list) { options.emplace_back(list); }
 };
 
 // The same read back, one after the other.
@@ -155,6 +157,7 @@ struct Reader {
   c10::ArrayRef<c10::IValue> options;
   std::size_t tensor = 0;
   std::size_t option = 0;
+  std::deque<std::vector<std::int64_t>> lists{};  // what the IntArrayRefs refer to
 
   template <class T>
   T next() {
@@ -167,6 +170,8 @@ struct Reader {
       return options[option++].toStringView();
     } else if constexpr (std::is_same_v<T, bool>) {
       return options[option++].toBool();
+    } else if constexpr (std::is_same_v<T, at::IntArrayRef>) {
+      return lists.emplace_back(options[option++].toIntVector());
     } else {
       static_assert(std::is_same_v<T, double>);
       return options[option++].toDouble();

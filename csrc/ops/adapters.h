@@ -9,6 +9,7 @@
 
 #include "allocate.h"
 #include "checks.h"
+#include "convolution.h"
 
 namespace se_ext {
 
@@ -64,6 +65,10 @@ struct Backend {
                             const Statistics& statistics);
   static void bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& activations,
                                      const Gradients<4>& to);
+
+  // Allocate for themselves, because they may call ATen's convolution: an output and a gradient in the input's layout.
+  static Tensor depthwise_conv(const ops::DepthwiseConv& a);
+  static Gradients<3> depthwise_conv_backward(const ops::DepthwiseConvBackward& a);
 };
 
 // Of forward's differentiable arguments: maps in the input's layout, weights contiguous.
@@ -200,6 +205,26 @@ struct Adapters {
     return backward(a, [](const auto&... arguments) { Run::bn_activation_backward(arguments...); });
   }
 
+  static Tensor depthwise_conv(const ops::DepthwiseConv& a) {
+    a.check();
+    const Guard guard(a.input);
+    if constexpr (runs) {
+      return Run::depthwise_conv(a);
+    } else {
+      return empty_map_like(a.input, convolved_sizes(a));
+    }
+  }
+
+  static auto depthwise_conv_backward(const ops::DepthwiseConvBackward& a) {
+    a.check();
+    const Guard guard(a.forward.input);
+    if constexpr (runs) {
+      return std::tuple_cat(Run::depthwise_conv_backward(a));
+    } else {
+      return std::tuple_cat(empty_gradients(a.forward, a.mask));
+    }
+  }
+
   static void register_all(torch::Library& m) {
     add<squeeze>(m, ops::squeeze);
     add<excite>(m, ops::excite);
@@ -207,6 +232,7 @@ struct Adapters {
     add<squeeze_excite>(m, ops::squeeze_excite);
     add<bn_squeeze_excite>(m, ops::bn_squeeze_excite);
     add<bn_activation>(m, ops::_bn_activation);
+    add<depthwise_conv>(m, ops::depthwise_conv);
     add<rescale_in_place>(m, ops::rescale_);
     add<squeeze_excite_in_place>(m, ops::squeeze_excite_);
     add<excite_forward>(m, ops::_excite_forward);
@@ -217,6 +243,7 @@ struct Adapters {
     add<squeeze_excite_backward>(m, ops::_squeeze_excite_backward);
     add<bn_squeeze_excite_backward>(m, ops::_bn_squeeze_excite_backward);
     add<bn_activation_backward>(m, ops::_bn_activation_backward);
+    add<depthwise_conv_backward>(m, ops::_depthwise_conv_backward);
   }
 
  private:

@@ -24,6 +24,16 @@ inline at::Tensor empty_map_like(const at::Tensor& t) {
   return at::empty_symint(t.sym_sizes(), t.options(), t.suggest_memory_format());
 }
 
+// The memory format in which the kernels read the map.
+inline at::MemoryFormat native_format(const at::Tensor& t) {
+  return t.is_contiguous() ? at::MemoryFormat::Contiguous : t.suggest_memory_format();
+}
+
+// The same of other sizes.
+inline at::Tensor empty_map_like(const at::Tensor& t, c10::SymIntArrayRef sizes) {
+  return at::empty_symint(sizes, t.options(), native_format(t));
+}
+
 // The type that a map of this type is summed in, and that its excitation runs in.
 inline at::ScalarType accumulation_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;

@@ -9,6 +9,7 @@
 
 #include "activation_names.h"
 #include "allocate.h"
+#include "convolution.h"
 
 namespace se_ext {
 namespace checks {
@@ -160,6 +161,35 @@ void vector(const char* op, const char* name, const OptionalTensor& t, const Ten
   device(op, name, *t, input);
   dtype_or_float32(op, name, *t, input.scalar_type());
   shape(op, name, *t, {size});
+}
+
+// One value for all spatial dims, or one a dim; where `may_have_pairs`, also two a dim, or none.
+void per_dim(const char* op, const char* name, at::IntArrayRef list, std::size_t dims, std::int64_t least,
+             bool may_have_pairs) {
+  const bool fits = list.size() == 1 || list.size() == dims ||
+                    (may_have_pairs && (list.size() == 2 * dims || list.empty()));
+  TORCH_CHECK(fits, op, ": expected ", name, " of 1 value or ", dims, " (one for each spatial dim",
+              may_have_pairs ? "; or two, begin and end; none: \"same\"" : "", "), got ", list);
+  for (const std::int64_t value : list) {
+    TORCH_CHECK(value >= least, op, ": expected ", name, " of at least ", least, ", got ", list);
+  }
+}
+
+// A filter for each channel, and where it is put.
+void convolution(const char* op, const ops::DepthwiseConv& a) {
+  const c10::SymInt channels = a.input.sym_size(1);
+  const bool is_filter = a.weight.dim() == a.input.dim() && a.weight.sym_size(0) == channels && a.weight.sym_size(1) == 1;
+  TORCH_CHECK(is_filter, op, ": expected weight of shape [", channels, ", 1, *kernel] with ", a.input.dim() - 2,
+              " dims of kernel (input is ", a.input.sym_sizes(), "), got ", a.weight.sym_sizes());
+  const auto dims = static_cast<std::size_t>(a.input.dim() - 2);
+  per_dim(op, "stride", a.stride, dims, 1, false);
+  per_dim(op, "padding", a.padding, dims, 0, true);
+  per_dim(op, "dilation", a.dilation, dims, 1, false);
+  for (const ConvolvedDim& d : convolved_dims(a)) {
+    TORCH_CHECK(d.kernel > 0, op, ": expected weight whose kernel has no dim of size 0, got ", a.weight.sym_sizes());
+    TORCH_CHECK(d.in + d.begin + d.end >= d.reach(), op, ": expected input that is, with its padding, at least as large "
+                "as the filter, ", d.reach(), ", got a dim of ", d.in, " + ", d.begin + d.end);
+  }
 }
 
 // dL/dy, or another map in y's place.
@@ -316,6 +346,15 @@ Activations BnActivation::check(const char* op) const {
   return parsed;
 }
 
+Activations DepthwiseConv::check(const char* op) const {
+  checks::map(op, input);
+  checks::device(op, "weight", weight, input);
+  checks::dtype_or_float32(op, "weight", weight, input.scalar_type());
+  checks::convolution(op, *this);
+  checks::bias(op, "bias", bias, weight, input);
+  return {};
+}
+
 // ---- backward: what forward asks; of the gradient and what forward saved, its shape, dtype and device ----
 
 template <>
@@ -365,6 +404,16 @@ Activations BnActivationBackward::check() const {
   const Activations parsed = forward.check();
   checks::map_like(BnActivation::name, "grad_output", grad_output, forward.input);
   if (forward.batch_statistics) checks::saved_statistics(BnActivation::name, forward.input, saved);
+  return parsed;
+}
+
+template <>
+Activations DepthwiseConvBackward::check() const {
+  const char* op = DepthwiseConv::name;
+  const Activations parsed = forward.check();
+  checks::device(op, "grad_output", grad_output, forward.input);
+  checks::dtype(op, "grad_output", grad_output, forward.input.scalar_type());
+  checks::shape(op, "grad_output", grad_output, convolved_sizes(forward));
   return parsed;
 }
 

@@ -192,6 +192,20 @@ struct BnActivation {
   Activations check(const char* op = name) const;
 };
 
+struct DepthwiseConv {
+  const Tensor& input;
+  const Tensor& weight;
+  const OptionalTensor& bias;
+  at::IntArrayRef stride;
+  at::IntArrayRef padding;
+  at::IntArrayRef dilation;
+
+  static constexpr TensorInfo tensors[] = {{"input", Role::Map}, {"weight", Role::Weight}, {"bias", Role::Weight}};
+  static constexpr const char* name = "depthwise_conv";
+  auto flat() const { return flat_list(input, weight, bias, stride, padding, dilation); }
+  Activations check(const char* op = name) const;
+};
+
 // What excite saves: its scale is in z's dtype, since it is the output.
 struct SavedExcite {
   const Tensor& hidden;
@@ -212,6 +226,7 @@ using RescaleBackward = Backward<Rescale, void, 3>;
 using SqueezeExciteBackward = Backward<SqueezeExcite, SavedExcitation, 6>;
 using BnSqueezeExciteBackward = Backward<BnSqueezeExcite, SavedBnSqueezeExcite, 8>;
 using BnActivationBackward = Backward<BnActivation, SavedStatistics, 4>;
+using DepthwiseConvBackward = Backward<DepthwiseConv, void, 3>;
 
 inline constexpr Op<"squeeze", Squeeze, 1> squeeze;
 inline constexpr Op<"excite", Excite, 1> excite;
@@ -219,6 +234,7 @@ inline constexpr Op<"rescale", Rescale, 1> rescale;
 inline constexpr Op<"squeeze_excite", SqueezeExcite, 1> squeeze_excite;
 inline constexpr Op<"bn_squeeze_excite", BnSqueezeExcite, 3> bn_squeeze_excite;
 inline constexpr Op<"_bn_activation", BnActivation, 4> _bn_activation;
+inline constexpr Op<"depthwise_conv", DepthwiseConv, 1> depthwise_conv;
 
 inline constexpr Op<"rescale_", Rescale, 0> rescale_;
 inline constexpr Op<"squeeze_excite_", SqueezeExcite, 0> squeeze_excite_;
@@ -232,6 +248,7 @@ inline constexpr Op<"_rescale_backward", RescaleBackward, 3> _rescale_backward;
 inline constexpr Op<"_squeeze_excite_backward", SqueezeExciteBackward, 6> _squeeze_excite_backward;
 inline constexpr Op<"_bn_squeeze_excite_backward", BnSqueezeExciteBackward, 8> _bn_squeeze_excite_backward;
 inline constexpr Op<"_bn_activation_backward", BnActivationBackward, 4> _bn_activation_backward;
+inline constexpr Op<"_depthwise_conv_backward", DepthwiseConvBackward, 3> _depthwise_conv_backward;
 
 // How an op is recorded for autograd: what runs forward, what runs backward, and which of forward's results backward
 // gets, in the order of its arguments. Forward's first results are those of the op. Each has a type of its own, whose
@@ -251,12 +268,15 @@ struct BnSqueezeExciteRecording : Recording<decltype(bn_squeeze_excite), decltyp
                                             decltype(_bn_squeeze_excite_backward), 1, 3, 4, 5, 6, 7> {};
 struct BnActivationRecording
     : Recording<decltype(_bn_activation), decltype(_bn_activation), decltype(_bn_activation_backward), 1, 3> {};
+struct DepthwiseConvRecording
+    : Recording<decltype(depthwise_conv), decltype(depthwise_conv), decltype(_depthwise_conv_backward)> {};
 
 // The lists that keys/ registers from.
-inline constexpr std::tuple functional{squeeze, excite, rescale, squeeze_excite, bn_squeeze_excite, _bn_activation};
+inline constexpr std::tuple functional{squeeze,           excite,         rescale,       squeeze_excite,
+                                      bn_squeeze_excite, _bn_activation, depthwise_conv};
 inline constexpr std::tuple in_place{rescale_, squeeze_excite_};
 inline constexpr std::tuple<ExciteRecording, RescaleRecording, SqueezeExciteRecording, BnSqueezeExciteRecording,
-                            BnActivationRecording>
+                            BnActivationRecording, DepthwiseConvRecording>
     differentiable;
 
 template <class List, class F>

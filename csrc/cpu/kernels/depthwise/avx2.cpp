@@ -1,0 +1,2 @@
+#define SE_EXT_ISA avx2
+#include "table.h"

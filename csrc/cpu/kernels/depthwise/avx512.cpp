@@ -1,0 +1,2 @@
+#define SE_EXT_ISA avx512
+#include "table.h"

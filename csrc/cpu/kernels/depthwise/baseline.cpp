@@ -1,0 +1,2 @@
+#define SE_EXT_ISA baseline
+#include "table.h"

@@ -1,0 +1,98 @@
+#include "convolution.h"
+
+#include <ATen/Functions.h>
+
+#include <vector>
+
+#include "../ops/allocate.h"
+#include "../ops/convolution.h"
+#include "formula.h"
+
+namespace se_ext::formula {
+namespace {
+
+// What ATen's convolution takes: as many zeros on both sides, or an input to which they are added before.
+struct Arguments {
+  Tensor input, weight;
+  std::vector<c10::SymInt> stride, dilation, padding, none;
+  std::vector<c10::SymInt> added;  // to the input, as constant_pad_nd takes it; empty: nothing
+  c10::SymInt channels;
+
+  Arguments(const ops::DepthwiseConv& a, at::ScalarType type)
+      : input(a.input.to(type)), weight(a.weight.to(type)), channels(a.input.sym_size(1)) {
+    bool is_even = true;
+    const ConvolvedDims dims = convolved_dims(a);
+    for (const ConvolvedDim& d : dims) {
+      stride.emplace_back(d.stride);
+      dilation.emplace_back(d.dilation);
+      padding.push_back(d.begin);
+      none.emplace_back(0);
+      is_even = is_even && d.begin == d.end;
+    }
+    if (is_even) return;
+    for (auto d = dims.rbegin(); d != dims.rend(); ++d) {
+      added.push_back(d->begin);
+      added.push_back(d->end);
+    }
+    padding = none;
+    input = at::constant_pad_nd_symint(input, added);
+  }
+
+  // A gradient of the input, without what was added to it.
+  Tensor without_added(Tensor grad) const {
+    if (added.empty() || !grad.defined()) return grad;
+    for (std::size_t i = 0; i < none.size(); ++i) {
+      const auto dim = grad.dim() - 1 - static_cast<std::int64_t>(i);
+      const c10::SymInt size = grad.sym_size(dim) - added[2 * i] - added[2 * i + 1];
+      grad = at::narrow_symint(grad, dim, added[2 * i], size);
+    }
+    return grad;
+  }
+};
+
+Tensor convolution(const ops::DepthwiseConv& a, at::ScalarType type) {
+  const Arguments c(a, type);
+  const OptionalTensor bias = a.bias.has_value() ? OptionalTensor(a.bias->to(type)) : OptionalTensor();
+  return at::convolution_symint(c.input, c.weight, bias, c.stride, c.padding, c.dilation, /*transposed=*/false, c.none,
+                                c.channels);
+}
+
+// Differentiable in each argument.
+std::array<Tensor, 3> convolution_backward(const ops::DepthwiseConvBackward& a, at::ScalarType type) {
+  const ops::DepthwiseConv& f = a.forward;
+  const Arguments c(f, type);
+  const std::array<c10::SymInt, 1> bias_sizes{c.channels};
+  const auto bias = f.bias.has_value() ? at::OptionalSymIntArrayRef(bias_sizes) : at::OptionalSymIntArrayRef();
+  auto [input, weight, bias_gradient] =
+      at::convolution_backward_symint(a.grad_output.to(type), c.input, c.weight, bias, c.stride, c.padding, c.dilation,
+                                      /*transposed=*/false, c.none, c.channels, a.mask);
+  const auto in_type_of = [](const Tensor& grad, at::ScalarType to) { return grad.defined() ? grad.to(to) : grad; };
+  const at::ScalarType weights = f.weight.scalar_type();
+  return {in_type_of(c.without_added(input), f.input.scalar_type()), in_type_of(weight, weights),
+          in_type_of(bias_gradient, weights)};
+}
+
+}  // namespace
+
+Tensor native_convolution(const ops::DepthwiseConv& a) {
+  return convolution(a, a.input.scalar_type()).contiguous(native_format(a.input));
+}
+
+std::array<Tensor, 3> native_convolution_backward(const ops::DepthwiseConvBackward& a) {
+  auto gradients = convolution_backward(a, a.forward.input.scalar_type());
+  if (gradients[0].defined()) gradients[0] = gradients[0].contiguous(native_format(a.forward.input));
+  if (gradients[1].defined()) gradients[1] = gradients[1].contiguous();
+  return gradients;
+}
+
+Tensor compute(const ops::DepthwiseConv& a) {
+  a.check();
+  return convolution(a, accumulation_type(a.input.scalar_type())).to(a.input.scalar_type());
+}
+
+std::array<Tensor, 3> compute(const ops::DepthwiseConvBackward& a) {
+  a.check();
+  return convolution_backward(a, accumulation_type(a.forward.input.scalar_type()));
+}
+
+}  // namespace se_ext::formula
