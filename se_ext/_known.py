@@ -173,6 +173,57 @@ def is_known_layer(layer: Any) -> bool:
 
 # ---- its neighbours ----
 
+# The classes of convolutions whose formula is that of torch's, with the padding that their forward adds: that of the
+# attribute, or "same" (torch's name for an output of ceil(input / stride)). Conversions add theirs.
+CONVOLUTIONS: dict[type, Optional[str]] = {nn.Conv1d: None, nn.Conv2d: None, nn.Conv3d: None}
+_CONVOLUTIONS_OF_LIBRARIES = {("timm.layers.conv2d_same", "Conv2dSame"): "same"}
+
+Depthwise = tuple[Tensor, Optional[Tensor], list[int], list[int], list[int]]
+"""weight, bias, stride, padding, dilation, as the op depthwise_conv takes them"""
+
+
+def is_depthwise(conv: Any) -> bool:
+    """Whether the kernels compute a convolution: each channel has a filter of its own, which is 3, 5 or 7 wide, with
+    stride 1 or 2 and dilation 1 along the last dim, and zeros beyond the map."""
+    cls = type(conv)
+    if cls not in CONVOLUTIONS and (cls.__module__, cls.__qualname__) not in _CONVOLUTIONS_OF_LIBRARIES:
+        return False
+    state = conv.__dict__
+    channels = state["in_channels"]
+    return (
+        state["groups"] == channels == state["out_channels"] > 1
+        and state["padding_mode"] == "zeros"
+        and state["kernel_size"][-1] in (3, 5, 7)
+        and state["stride"][-1] in (1, 2)
+        and state["dilation"][-1] == 1
+    )
+
+
+def depthwise_of(conv: Any) -> Optional[Depthwise]:
+    """The arguments of the op that stand for a depthwise convolution (is_depthwise), or None if it has to be called."""
+    state = conv.__dict__
+    parameters = state["_parameters"]
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:
+        return None
+    if type(weight) not in _PLAIN or type(bias) not in _PLAIN_OR_NONE or not is_depthwise(conv):
+        return None
+    return weight, bias, state["stride"], _padding_of(conv), state["dilation"]
+
+
+def padding_rule(cls: type) -> Optional[str]:
+    """The padding of a class of convolutions, if that is not an attribute of its instances."""
+    return CONVOLUTIONS[cls] if cls in CONVOLUTIONS else _CONVOLUTIONS_OF_LIBRARIES[cls.__module__, cls.__qualname__]
+
+
+def _padding_of(conv: Any) -> Any:
+    padding = padding_rule(type(conv)) or conv.__dict__["padding"]
+    if isinstance(padding, str):
+        return [] if padding == "same" else [0]
+    return padding
+
+
 
 def normalization_of(bn: Any) -> Optional[Normalization]:
     """The arguments of an op that stand for a batch norm, or None if it has to be called: SyncBatchNorm and subclasses

@@ -19,6 +19,7 @@ rescale = torch.ops.se_ext.rescale.default
 rescale_ = torch.ops.se_ext.rescale_.default
 squeeze_excite = torch.ops.se_ext.squeeze_excite.default
 squeeze_excite_ = torch.ops.se_ext.squeeze_excite_.default
+depthwise_conv = torch.ops.se_ext.depthwise_conv.default
 bn_activation_running = torch.ops.se_ext._bn_activation_running.default
 # Called by name: TorchScript knows no overloads.
 bn_squeeze_excite = torch.ops.se_ext.bn_squeeze_excite

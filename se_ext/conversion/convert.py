@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from .._known import SE_BLOCKS, is_called_plainly
+from .._known import SE_BLOCKS, is_called_plainly, is_depthwise
 from .blocks import block_in
 from .check import Checker
 from .fused_class import Recipe, convert_instance, is_converted, restore
 from .gates import gate_in
 from .neighbours import Container, is_norm, is_norm_act
 from .report import ConversionReport, Row
-from .steps import norm_act, squeeze_excite
+from .steps import depthwise_conv, norm_act, squeeze_excite
 from .trace import NotTraceable, is_chain, original_class, trace
 from .verify import Reference
 
@@ -89,6 +89,7 @@ def convert(
     inside = {id(m) for path in recipes for m in model.get_submodule(path).modules()}
     if fuse:
         recipes |= _norm_recipes(model, where, report)
+        recipes |= _convolution_recipes(model, where, report)
         recipes |= _container_recipes(model, where, report, is_block, inside)
     for path, recipe in recipes.items():
         convert_instance(model.get_submodule(path), recipe)
@@ -219,6 +220,23 @@ def _norm_recipes(model: nn.Module, where: Where | None, report: ConversionRepor
             report.skipped.append(_row(path, module, "", "where said no"))
         else:
             report.converted.append(_row(path, module, "", "batch norm → activation" + _hooks(module)))
+            yield path, recipe
+
+
+def _convolution_recipes(
+    model: nn.Module, where: Where | None, report: ConversionReport
+) -> Iterator[tuple[str, Recipe]]:
+    source = "def forward(self, x):\n    return _depthwise_conv(self, x)\n"
+    names = (("_depthwise_conv", depthwise_conv.__module__, "depthwise_conv"),)
+    recipe = Recipe(source, names, is_convolution=True)
+    for path, module in model.named_modules():
+        if is_converted(module) or "forward" in module.__dict__ or not is_depthwise(module):
+            continue
+        shape = f"{module.in_channels} × {'×'.join(map(str, module.kernel_size))}"  # type: ignore[arg-type]
+        if where is not None and not where(path, module):
+            report.skipped.append(_row(path, module, shape, "where said no"))
+        else:
+            report.converted.append(_row(path, module, shape, "depthwise convolution" + _hooks(module)))
             yield path, recipe
 
 

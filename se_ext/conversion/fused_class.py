@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .._known import BATCH_NORMS, SE_BLOCKS, Layers
+from .._known import BATCH_NORMS, CONVOLUTIONS, SE_BLOCKS, Layers, padding_rule
 from .blocks import Block
 from .trace import names_read
 
@@ -33,6 +33,8 @@ class Recipe(NamedTuple):
     """of an SE block"""
     is_norm: bool = False
     """whether it is a batch norm with an activation inside"""
+    is_convolution: bool = False
+    """whether it is a depthwise convolution"""
     script: str | None = None
     """of the function that torch.jit.script compiles; None: the original's forward"""
 
@@ -54,15 +56,21 @@ class Converted:
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A module in another's place is what generated forwards expect. Any other change of what forward reads takes
-        the conversion away."""
+        """A module, parameter or buffer in another's place is what the forwards expect, which look each up at the call.
+        Any other change of what forward reads takes the conversion away."""
         if name != "training" and name in self._names_read:
             before = getattr(self, name, None)
-            if before is not value and not (isinstance(before, nn.Module) and isinstance(value, nn.Module)):
+            if before is not value and not self._is_in_its_place(name, before, value):
                 restore(self)
                 setattr(self, name, value)
                 return
         super().__setattr__(name, value)
+
+    def _is_in_its_place(self, name: str, before: Any, value: Any) -> bool:
+        for kind in (nn.Module, nn.Parameter):
+            if isinstance(before, kind):
+                return isinstance(value, kind)
+        return name in self.__dict__["_buffers"] and isinstance(before, Tensor) and isinstance(value, Tensor)
 
     def __delattr__(self, name: str) -> None:
         restore(self)
@@ -120,6 +128,8 @@ def _class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         SE_BLOCKS[cls] = _layers_in_a_tail
     if recipe.is_norm:
         BATCH_NORMS.add(cls)
+    if recipe.is_convolution:
+        CONVOLUTIONS[cls] = padding_rule(original)
     return cls
 
 

@@ -16,6 +16,7 @@ from torch.fx import Proxy
 from .. import _ops
 from .._fusion import FUNCTIONS, called_excitation
 from .._known import (
+    depthwise_of,
     excitation_of,
     is_called_plainly,
     is_left_to_compilers,
@@ -178,6 +179,18 @@ def norm_act(bn: Any, input: Tensor) -> Tensor:
 def original_forward(module: Any, input: Tensor) -> Tensor:
     """What the module computes without its conversion."""
     return type(module)._original.forward(module, input)
+
+
+# ---- depthwise convolutions ----
+
+
+def depthwise_conv(conv: Any, input: Tensor) -> Tensor:
+    """The forward of a converted depthwise convolution. On other devices than the CPU ATen's is called either way, and
+    a single map without a batch is for torch."""
+    if isinstance(input, Tensor) and input.is_cpu and input.dim() == len(conv.__dict__["kernel_size"]) + 2:
+        if not is_left_to_compilers(conv) and (known := depthwise_of(conv)) is not None:
+            return _ops.depthwise_conv(input, *known)
+    return original_forward(conv, input)
 
 
 # ---- SE blocks ----
