@@ -222,6 +222,8 @@ inline constexpr Op<"_bn_activation", BnActivation, 4> _bn_activation;
 
 inline constexpr Op<"rescale_", Rescale, 0> rescale_;
 inline constexpr Op<"squeeze_excite_", SqueezeExcite, 0> squeeze_excite_;
+inline constexpr Op<"_bn_squeeze_excite_", BnSqueezeExcite, 0> _bn_squeeze_excite_;
+inline constexpr Op<"_bn_activation_", BnActivation, 0> _bn_activation_;
 
 inline constexpr Op<"_excite_forward", Excite, 2> _excite_forward;
 inline constexpr Op<"_squeeze_excite_forward", SqueezeExcite, 4> _squeeze_excite_forward;
@@ -254,7 +256,7 @@ struct BnActivationRecording
 
 // The lists that keys/ registers from.
 inline constexpr std::tuple functional{squeeze, excite, rescale, squeeze_excite, bn_squeeze_excite, _bn_activation};
-inline constexpr std::tuple in_place{rescale_, squeeze_excite_};
+inline constexpr std::tuple in_place{rescale_, squeeze_excite_, _bn_squeeze_excite_, _bn_activation_};
 inline constexpr std::tuple<ExciteRecording, RescaleRecording, SqueezeExciteRecording, BnSqueezeExciteRecording,
                             BnActivationRecording>
     differentiable;
