@@ -1,0 +1,70 @@
+"""Whether a step may write its output into what the convolution in front of it gave. So it needs no new map, whose memory
+the allocator may have to fetch from the system at every call.
+
+In the graph nobody but the step reads that map. At a call somebody may hold it all the same: a hook, a module that
+stands in the convolution's place, an adapter, a mode that sees every operator, autograd. So only that is overwritten
+which nobody can have seen: the output of a known class's forward, while nothing watches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.autograd import forward_ad
+
+from .._known import is_called_plainly
+
+# Convolutions whose forward gives new memory. Subclasses have forwards of their own.
+_CLASSES = {nn.Conv1d, nn.Conv2d, nn.Conv3d}
+_CLASSES_OF_LIBRARIES = {("timm.layers.conv2d_same", "Conv2dSame")}
+_PLAIN = {nn.Parameter, Tensor}
+
+
+def is_convolution(module: Any) -> bool:
+    """Whether the module is of a class whose forward gives a new map, that nobody else holds."""
+    cls = type(module)
+    return cls in _CLASSES or (cls.__module__, cls.__qualname__) in _CLASSES_OF_LIBRARIES
+
+
+def convolved(conv: Any, input: Any) -> tuple[Any, bool]:
+    """conv(input), and whether it may be overwritten. Without a convolution (None) input itself, which may not be.
+
+    What is attached to the convolution is looked for before the call: a hook may take itself away.
+    """
+    if conv is None:
+        return input, False
+    is_unseen = not torch.is_grad_enabled() and type(input) is Tensor and not _is_watched(input) and _is_plain(conv)
+    output = conv(input)
+    return output, is_unseen and type(output) is Tensor
+
+
+def _is_plain(conv: Any) -> bool:
+    """Whether a call of the module runs the forward of a known convolution, on plain weights, and nothing besides."""
+    state = conv.__dict__
+    parameters = state["_parameters"]
+    return (
+        is_convolution(conv)
+        and is_called_plainly(conv)
+        and "_conv_forward" not in state
+        and state.get("_compiled_call_impl") is None  # of conv.compile()
+        and type(parameters.get("weight")) in _PLAIN
+        and (parameters.get("bias") is None or type(parameters["bias"]) in _PLAIN)
+    )
+
+
+def _is_watched(input: Tensor) -> bool:
+    """Whether operators on the input do more than compute: a compiler, tracer, mode, transform or dual level is active.
+    Autocast is among these, because the ops in place are not part of it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or _len_torch_function_stack() > 0
+        or _len_torch_dispatch_stack() > 0
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled(input.device.type)
+        or (input.is_inference() and not torch.is_inference_mode_enabled())
+    )
