@@ -243,9 +243,8 @@ void bn_squeeze_excite_(Tensor& input, const OptionalTensor& weight, const Optio
                         std::string_view activation, std::string_view gate, const OptionalTensor& residual,
                         std::string_view post_activation, const OptionalTensor& drop_scale) {
   const BatchNormModule bn{weight, bias, "bn_weight", "bn_bias", {mean, var, {}, {}}, /*training=*/false, eps};
-  constexpr const char* op = "_bn_squeeze_excite_running_";
-  check_statistics(op, input, bn);
-  const auto [a, b] = folded(op, input, bn);
+  check_statistics(ops::_bn_squeeze_excite_.name, input, bn);
+  const auto [a, b] = folded(ops::_bn_squeeze_excite_.name, input, bn);
   const OptionalTensor folded_weight(a), folded_bias(b);
   ops::_bn_squeeze_excite_({input,
                             folded_weight,
@@ -267,9 +266,8 @@ void bn_activation_(Tensor& input, const OptionalTensor& weight, const OptionalT
                     const Tensor& var, double eps, std::string_view activation, const OptionalTensor& residual,
                     const OptionalTensor& drop_scale) {
   const BatchNormModule bn{weight, bias, "weight", "bias", {mean, var, {}, {}}, /*training=*/false, eps};
-  constexpr const char* op = "_bn_activation_running_";
-  check_statistics(op, input, bn);
-  const auto [a, b] = folded(op, input, bn);
+  check_statistics(ops::_bn_activation_.name, input, bn);
+  const auto [a, b] = folded(ops::_bn_activation_.name, input, bn);
   const OptionalTensor folded_weight(a), folded_bias(b);
   ops::_bn_activation_(
       {input, folded_weight, folded_bias, /*batch_statistics=*/false, eps, activation, residual, drop_scale});
