@@ -1,9 +1,9 @@
-"""Whether a step may write its output into what the convolution in front of it gave. So it needs no new map, whose memory
-the allocator may have to fetch from the system at every call.
+"""Whether a step may write its output into the map that the convolution in front of it gave. Then the step needs no new
+map: the allocator may have to ask the system for a new map's memory at every call.
 
-In the graph nobody but the step reads that map. At a call somebody may hold it all the same: a hook, a module that
-stands in the convolution's place, an adapter, a mode that sees every operator, autograd. So only that is overwritten
-which nobody can have seen: the output of a known class's forward, while nothing watches.
+In the graph nobody but the step reads the convolution's map. At a call somebody may hold it all the same: a hook, a
+module in the convolution's place, an adapter, a mode that sees every operator, autograd. So a map is overwritten only
+where nobody can have seen it: a known class's forward made it, and nothing watched.
 """
 
 from __future__ import annotations

@@ -182,8 +182,9 @@ class Container:
     def take_convolution(self, match: Match, order: dict[fx.Node, int], ends: set[fx.Node]) -> None:
         """Has the step call the convolution in front, where nobody else reads its output.
 
-        The step stands at the last of its nodes. What is called in between must not change what the convolution reads:
-        so either nothing is, or the convolution alone reads the output of another step.
+        The step stands where the last node of the match does, so the convolution is called later than it was. What is
+        called in between must not change what the convolution reads: so either nothing is called in between, or the
+        convolution reads the output of another step (one of `ends`), and nobody else does.
         """
         node = match.input
         m = self.called(node)
@@ -192,8 +193,8 @@ class Container:
         between = range(order[node] + 1, order[match.nodes[-1]])
         calls = {n for n, index in order.items() if index in between and n.op.startswith("call_")} - {*match.nodes}
         identities, _ = self.skip_back(node.args[0])
-        source = identities[0].args[0] if identities else node.args[0]
-        if calls and not (source in ends and len(source.users) == 1):
+        source: Any = identities[0].args[0] if identities else node.args[0]
+        if calls and (source not in ends or len(source.users) != 1):
             return
         match.conv = str(node.target)
         match.input = node.args[0]
@@ -305,12 +306,11 @@ class Container:
                 None if path is None else graph.create_node("get_attr", path)
                 for path in (match.conv, match.bn, match.se, match.drop_path)
             )
+            pre, post = node_of(match.pre), node_of(match.post)
             if se is None:
-                arguments = (conv, bn, node_of(match.post), input, drop_path, residual)
-                step = graph.call_function(steps.batch_norm, arguments)
+                step = graph.call_function(steps.batch_norm, (conv, bn, post, input, drop_path, residual))
             else:
-                arguments = (conv, bn, node_of(match.pre), se, input, drop_path, residual, node_of(match.post))
-                step = graph.call_function(steps.tail, arguments)
+                step = graph.call_function(steps.tail, (conv, bn, pre, se, input, drop_path, residual, post))
         last.replace_all_uses_with(step)
         self.steps[last] = step
         for node in reversed(match.nodes):

@@ -1,5 +1,5 @@
-"""A converted network writes a batch norm's output into the output of the convolution in front, in inference. Nobody who
-could have seen that map finds it changed."""
+"""In inference, a converted network writes a batch norm's output into the map that the convolution in front gave.
+Nobody who could have seen that map finds it changed."""
 
 from __future__ import annotations
 
