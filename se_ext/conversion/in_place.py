@@ -37,8 +37,7 @@ def convolved(conv: Any, input: Any) -> tuple[Any, bool]:
     if conv is None:
         return input, False
     is_unseen = not torch.is_grad_enabled() and type(input) is Tensor and not _is_watched(input) and _is_plain(conv)
-    output = conv(input)
-    return output, is_unseen and type(output) is Tensor
+    return conv(input), is_unseen
 
 
 def _is_plain(conv: Any) -> bool:
@@ -56,15 +55,14 @@ def _is_plain(conv: Any) -> bool:
 
 
 def _is_watched(input: Tensor) -> bool:
-    """Whether operators on the input do more than compute: a compiler, tracer, mode, transform or dual level is active.
-    Autocast is among these, because the ops in place are not part of it."""
+    """Whether operators on the input do more than compute: a compiler, mode, transform or dual level is active.
+    Autocast is among these, because the ops in place are not part of it. (While torch.jit.trace runs, no batch norm in
+    evaluation is fused: is_left_to_compilers.)"""
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
         or _len_torch_function_stack() > 0
         or _len_torch_dispatch_stack() > 0
         or _functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled(input.device.type)
-        or (input.is_inference() and not torch.is_inference_mode_enabled())
     )

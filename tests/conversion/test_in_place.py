@@ -87,6 +87,15 @@ def test_every_batch_norm_writes_into_the_convolutions_output(channels_last: boo
         assert overwritten(lambda: ours(x)) == (NORMS, TAILS)
 
 
+def test_an_input_from_inference_mode_outside_of_it() -> None:
+    plain, ours = pair()
+    with torch.inference_mode():
+        x = images()
+    with torch.no_grad():
+        assert overwritten(lambda: ours(x)) == (NORMS, TAILS)
+        assert_same(ours(x), plain(x))
+
+
 def test_it_is_what_is_computed_with_gradients() -> None:
     _, ours = pair()
     recorded = ours(images())
@@ -314,6 +323,18 @@ def test_a_weight_that_keeps_what_is_computed_with_it() -> None:
         assert_same(found, plain(images()))
 
 
+def test_a_convolution_compiled_by_itself() -> None:
+    """Its compiler may keep what it computed. (conv.compile() sets this attribute; with torch 2.13 it compiles nothing
+    of a module of torch's own.)"""
+    plain, ours = pair()
+    kept = Kept()
+    conv = ours.blocks[0].conv1
+    conv._compiled_call_impl = lambda x: kept(conv._call_impl(x))
+    with torch.no_grad():
+        assert_same(ours(images()), plain(images()))
+    kept.assert_unchanged()
+
+
 # ---- whoever watches operators ----
 
 
@@ -492,6 +513,13 @@ def changed_in_between(self: Any, x: Tensor) -> Tensor:
     return self.se(self.bn(v)) + shortcut
 
 
+def a_steps_output_changed_in_between(self: Any, x: Tensor) -> Tensor:
+    v = self.act(self.bn(self.conv(x)))
+    w = self.conv2(v)
+    shortcut = v.mul_(2)
+    return self.se(self.bn2(w)) + shortcut
+
+
 def projected_in_between(self: Any, x: Tensor) -> Tensor:
     """As timm writes it: the projection of the shortcut is called after the last convolution."""
     v = self.conv2(self.act(self.bn(self.conv(x))))
@@ -504,6 +532,7 @@ GRAPHS: dict[Callable[[Any, Tensor], Any], int] = {
     returned: 0,
     its_view: 0,
     changed_in_between: 0,
+    a_steps_output_changed_in_between: 1,
     projected_in_between: 2,
 }
 
