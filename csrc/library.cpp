@@ -65,6 +65,25 @@ TORCH_LIBRARY(se_ext, m) {
       "squeeze_excite_(Tensor(a!) input, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation=\"relu\", "
       "str gate=\"sigmoid\", Tensor? residual=None, str post_activation=\"identity\") -> ()",
       tags);
+  m.def(
+      "_bn_squeeze_excite_(Tensor(a!) input, Tensor? bn_weight, Tensor? bn_bias, Tensor w1, Tensor? b1, Tensor w2, "
+      "Tensor? b2, bool batch_statistics, float eps, str pre_activation, str activation, str gate, Tensor? residual, "
+      "str post_activation, Tensor? drop_scale) -> ()",
+      tags);
+  m.def(
+      "_bn_activation_(Tensor(a!) input, Tensor? weight, Tensor? bias, bool batch_statistics, float eps, "
+      "str activation, Tensor? residual=None, Tensor? drop_scale=None) -> ()",
+      tags);
+  // The same behind a batch norm module in evaluation, by its running statistics.
+  m.def(
+      "_bn_squeeze_excite_running_(Tensor(a!) input, Tensor? bn_weight, Tensor? bn_bias, Tensor running_mean, "
+      "Tensor running_var, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, float eps, str pre_activation, "
+      "str activation, str gate, Tensor? residual, str post_activation, Tensor? drop_scale) -> ()",
+      tags);
+  m.def(
+      "_bn_activation_running_(Tensor(a!) input, Tensor? weight, Tensor? bias, Tensor running_mean, "
+      "Tensor running_var, float eps, str activation, Tensor? residual=None, Tensor? drop_scale=None) -> ()",
+      tags);
 
   // For autograd: forward ops that leave what backward needs, and backward ops, whose arguments are the gradient, those
   // of forward, what forward left, and a mask that says which gradients are wanted; the others come back as None. In

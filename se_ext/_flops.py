@@ -13,12 +13,13 @@ import torch
 
 from ._when_imported import when_imported
 
-# The ops with matrix products of their own. (_bn_squeeze_excite_running calls others, which are counted.)
+# The ops with matrix products of their own. (Those on running statistics call others, which are counted.)
 COUNTED = (
     "excite",
     "squeeze_excite",
     "squeeze_excite_",
     "bn_squeeze_excite",
+    "_bn_squeeze_excite_",
     "_excite_forward",
     "_squeeze_excite_forward",
     "_bn_squeeze_excite_forward",

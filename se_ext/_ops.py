@@ -21,6 +21,8 @@ squeeze_excite = torch.ops.se_ext.squeeze_excite.default
 squeeze_excite_ = torch.ops.se_ext.squeeze_excite_.default
 depthwise_conv = torch.ops.se_ext.depthwise_conv.default
 bn_activation_running = torch.ops.se_ext._bn_activation_running.default
+bn_activation_running_ = torch.ops.se_ext._bn_activation_running_.default
+bn_squeeze_excite_running_ = torch.ops.se_ext._bn_squeeze_excite_running_.default
 # Called by name: TorchScript knows no overloads.
 bn_squeeze_excite = torch.ops.se_ext.bn_squeeze_excite
 bn_squeeze_excite_running = torch.ops.se_ext._bn_squeeze_excite_running
@@ -88,6 +90,58 @@ def squeeze_excite_behind_batch_norm(
         post_activation,
         drop_scale,
     )
+
+
+def uses_batch_statistics(normalization: Normalization) -> bool:
+    return normalization[5]
+
+
+def bn_activation_by_overwriting(
+    input: Tensor,
+    normalization: Normalization,
+    activation: str,
+    residual: Optional[Tensor],
+    drop_scale: Optional[Tensor],
+) -> Tensor:
+    """bn_activation_running in input's memory, which is returned. For the statistics that are given."""
+    weight, bias, running_mean, running_var, _, _, _, eps = normalization
+    bn_activation_running_(input, weight, bias, running_mean, running_var, eps, activation, residual, drop_scale)
+    return input
+
+
+def squeeze_excite_by_overwriting(
+    input: Tensor,
+    normalization: Normalization,
+    excitation: Excitation,
+    pre_activation: str,
+    activation: str,
+    gate: str,
+    residual: Optional[Tensor],
+    post_activation: str,
+    drop_scale: Optional[Tensor],
+) -> Tensor:
+    """squeeze_excite_behind_batch_norm in input's memory, which is returned. For the statistics that are given."""
+    bn_weight, bn_bias, running_mean, running_var, _, _, _, eps = normalization
+    w1, b1, w2, b2 = excitation
+    bn_squeeze_excite_running_(
+        input,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        w1,
+        b1,
+        w2,
+        b2,
+        eps,
+        pre_activation,
+        activation,
+        gate,
+        residual,
+        post_activation,
+        drop_scale,
+    )
+    return input
 
 
 def squeeze_excite_behind_activation(

@@ -597,6 +597,12 @@ def with_running_statistics(y: Callable[..., Tensor]) -> Callable[..., Outputs]:
     return formula
 
 
+def with_given_statistics(y: Callable[..., Tensor]) -> Callable[..., Outputs]:
+    """The same of the running statistics as they are."""
+    formula = with_running_statistics(y)
+    return lambda **given: formula(num_batches_tracked=None, training=False, momentum=None, **given)[:1]
+
+
 def backward_of(forward: Callable[..., Tensor], inputs: tuple[str, ...]) -> Callable[..., Outputs]:
     """The gradients of `inputs`, in that order, by torch's own autograd through the formula.
 
@@ -737,6 +743,21 @@ CASES = [
         writes=("input",),
         crossed=CROSSED_TAIL,
     ),
+    OpCase(
+        "_bn_squeeze_excite_",
+        one(first(bn_squeeze_excite)),
+        of_batch,
+        writes=("input",),
+        crossed=("dtypes", "pre_activation", "residual", "batch_statistics"),
+    ),
+    OpCase("_bn_activation_", one(first(bn_activation)), of_channel, writes=("input",), crossed=CROSSED_BN),
+    OpCase(
+        "_bn_squeeze_excite_running_",
+        with_given_statistics(first(bn_squeeze_excite_forward)),
+        of_batch,
+        writes=("input",),
+    ),
+    OpCase("_bn_activation_running_", with_given_statistics(first(bn_activation)), of_channel, writes=("input",)),
     OpCase("_excite_forward", excite_forward, of_excitation),
     OpCase(
         "_excite_backward",

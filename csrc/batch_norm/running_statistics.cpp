@@ -1,11 +1,14 @@
 // The ops with a batch norm as a module calls them: training updates the running statistics, evaluation reads them.
 // They are written in ATen operators and the op itself, which autograd, autocast and torch.compile then see. They are
 // in C++, because six operators on [C] vectors, called from Python one by one, take as long as the kernels do on a
-// small map. On plain tensors, with no mode, transform or tracer active, a loop replaces the operators of the update.
+// small map. On plain tensors, with no mode, transform or tracer active, loops replace these operators.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
+
+#include <cmath>
 
 #include "../keys/autocast.h"
 #include "../ops/allocate.h"
@@ -14,14 +17,27 @@
 namespace se_ext {
 namespace {
 
-// What the batch norm is with given statistics: a = weight / sqrt(var + eps), b = bias - mean a, [C], in the
-// accumulation type. Gradients flow to weight and bias.
-std::pair<Tensor, Tensor> fold(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                               const Tensor& var, double eps, at::ScalarType type) {
-  Tensor a = at::rsqrt(var.to(type) + eps);
-  if (weight.has_value()) a = a * weight->to(type);
-  const Tensor product = mean.to(type) * a;
-  return {a, bias.has_value() ? bias->to(type) - product : at::neg(product)};
+// Whether no mode, transform or tracer is active.
+bool is_nothing_active() {
+  constexpr auto harmless = c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::AutocastCPU);
+  return (c10::impl::tls_local_dispatch_key_set().included_ - harmless).empty();
+}
+
+// Whether an operator on `t` would then run the CPU's kernel and nothing else, recording for autograd apart: subclasses
+// of Tensor have dispatch keys of their own.
+bool is_plain(const Tensor& t, at::ScalarType type) {
+  constexpr c10::DispatchKeySet keys({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                      c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  return t.key_set() == keys && t.is_contiguous() && t.scalar_type() == type;
+}
+// And whether it may be written: else it has to get ATen's error.
+bool is_plain_to_write(const OptionalTensor& t, at::ScalarType type) {
+  return !t.has_value() || (is_plain(*t, type) && !t->requires_grad());
+}
+// And whether no derivative is taken with respect to it.
+bool is_plain_constant(const OptionalTensor& t, at::ScalarType type) {
+  return !t.has_value() || (is_plain(*t, type) && !(c10::GradMode::is_enabled() && t->requires_grad()) &&
+                            !t->_fw_grad(/*level=*/0).defined());
 }
 
 // What training updates: running += part · (of_batch - running), part being momentum, or 1 / batches where there is
@@ -56,21 +72,10 @@ void update(const Running& r, const Tensor& mean, const Tensor& var, const c10::
   }
 }
 
-// Whether an operator on `t` would run the CPU's kernel and nothing else: modes, transforms, tracers and subclasses of
-// Tensor have dispatch keys of their own, and what may not be written has to get ATen's error.
-bool is_plain(const Tensor& t, at::ScalarType type) {
-  constexpr c10::DispatchKeySet keys({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                      c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
-  return t.key_set() == keys && !t.requires_grad() && t.is_contiguous() && t.scalar_type() == type;
-}
-bool is_plain(const OptionalTensor& t, at::ScalarType type) {
-  return !t.has_value() || is_plain(*t, type);
-}
 bool is_plain(const Running& r, const Tensor& mean, const Tensor& var) {
-  constexpr auto harmless = c10::default_included_set | c10::DispatchKeySet(c10::DispatchKey::AutocastCPU);
   const auto type = mean.scalar_type();
-  return (c10::impl::tls_local_dispatch_key_set().included_ - harmless).empty() && is_plain(mean, type) &&
-         is_plain(var, type) && is_plain(r.mean, type) && is_plain(r.var, type) && is_plain(r.batches, at::kLong) &&
+  return is_nothing_active() && is_plain_to_write(mean, type) && is_plain_to_write(var, type) &&
+         is_plain_to_write(r.mean, type) && is_plain_to_write(r.var, type) && is_plain_to_write(r.batches, at::kLong) &&
          (!r.batches.has_value() || r.batches->numel() == 1);
 }
 
@@ -122,6 +127,14 @@ struct BatchNormModule {
   double eps;
 };
 
+void check_statistics(const char* op, const Tensor& input, const BatchNormModule& bn) {
+  const OptionalTensor &mean = bn.running.mean, &var = bn.running.var;
+  checks::running_statistic(op, "running_mean", mean, input);
+  checks::running_statistic(op, "running_var", var, input);
+  TORCH_CHECK(bn.training || (mean.has_value() && var.has_value()), op,
+              ": expected running_mean and running_var when training is False, got None");
+}
+
 void check_folded(const char* op, const Tensor& input, const BatchNormModule& bn) {
   const Autocast cast(input);
   const auto check = [&](const char* name, const OptionalTensor& vector) {
@@ -132,18 +145,49 @@ void check_folded(const char* op, const Tensor& input, const BatchNormModule& bn
   check(bn.bias_name, bn.bias);
 }
 
+// What the batch norm is with its running statistics: a = weight / sqrt(var + eps), b = bias - mean a, [C], in the
+// accumulation type. Gradients flow to weight and bias.
+std::pair<Tensor, Tensor> fold(const BatchNormModule& bn, at::ScalarType type) {
+  Tensor a = at::rsqrt(bn.running.var->to(type) + bn.eps);
+  if (bn.weight.has_value()) a = a * bn.weight->to(type);
+  const Tensor product = bn.running.mean->to(type) * a;
+  return {a, bn.bias.has_value() ? bn.bias->to(type) - product : at::neg(product)};
+}
+
+// The same of plain tensors in a plain loop, as in update_in_loops.
+template <class A>
+std::pair<Tensor, Tensor> fold_in_a_loop(const BatchNormModule& bn) {
+  const auto data = [](const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr<A>() : nullptr; };
+  const A *mean = data(bn.running.mean), *var = data(bn.running.var), *weight = data(bn.weight), *bias = data(bn.bias);
+  const Tensor a = at::empty(bn.running.mean->sizes(), bn.running.mean->options()),
+               b = at::empty(a.sizes(), a.options());
+  A *a_of = a.mutable_data_ptr<A>(), *b_of = b.mutable_data_ptr<A>();
+  for (std::int64_t c = 0; c < a.numel(); ++c) {
+    const A inverse = A(1) / std::sqrt(var[c] + static_cast<A>(bn.eps));
+    a_of[c] = weight ? inverse * weight[c] : inverse;
+    b_of[c] = (bias ? bias[c] : A(0)) - mean[c] * a_of[c];
+  }
+  return {a, b};
+}
+
+// Of a batch norm that is not training, for the op on `input`.
+std::pair<Tensor, Tensor> folded(const char* op, const Tensor& input, const BatchNormModule& bn) {
+  check_folded(op, input, bn);
+  const auto type = accumulation_type(input.scalar_type());
+  const auto is_constant = [&](const OptionalTensor& t) { return is_plain_constant(t, type); };
+  const bool in_a_loop = is_nothing_active() && is_constant(bn.running.mean) && is_constant(bn.running.var) &&
+                         is_constant(bn.weight) && is_constant(bn.bias);
+  if (!in_a_loop) return fold(bn, type);
+  return type == at::kDouble ? fold_in_a_loop<double>(bn) : fold_in_a_loop<float>(bn);
+}
+
 // call(weight, bias, batch_statistics) is the op on the batch norm's weight and bias where it is training, else on what
 // they and the running statistics fold into; it returns the output and the statistics of the batch.
 template <class F>
 Tensor with_running_statistics(const char* op, const Tensor& input, const BatchNormModule& bn, const F& call) {
-  const OptionalTensor &mean = bn.running.mean, &var = bn.running.var;
-  checks::running_statistic(op, "running_mean", mean, input);
-  checks::running_statistic(op, "running_var", var, input);
+  check_statistics(op, input, bn);
   if (!bn.training) {
-    TORCH_CHECK(mean.has_value() && var.has_value(), op,
-                ": expected running_mean and running_var when training is False, got None");
-    check_folded(op, input, bn);
-    const auto [a, b] = fold(bn.weight, bn.bias, *mean, *var, bn.eps, accumulation_type(input.scalar_type()));
+    const auto [a, b] = folded(op, input, bn);
     return std::get<0>(call(a, b, /*batch_statistics=*/false));
   }
   const auto results = call(bn.weight, bn.bias, /*batch_statistics=*/true);
@@ -191,14 +235,57 @@ Tensor bn_activation(const Tensor& input, const OptionalTensor& weight, const Op
       });
 }
 
-TORCH_LIBRARY_IMPL(se_ext, CompositeImplicitAutograd, m) {
+// In place, of a batch norm that is not training.
+
+void bn_squeeze_excite_(Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                        const Tensor& var, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                        const OptionalTensor& b2, double eps, std::string_view pre_activation,
+                        std::string_view activation, std::string_view gate, const OptionalTensor& residual,
+                        std::string_view post_activation, const OptionalTensor& drop_scale) {
+  const BatchNormModule bn{weight, bias, "bn_weight", "bn_bias", {mean, var, {}, {}}, /*training=*/false, eps};
+  check_statistics(ops::_bn_squeeze_excite_.name, input, bn);
+  const auto [a, b] = folded(ops::_bn_squeeze_excite_.name, input, bn);
+  const OptionalTensor folded_weight(a), folded_bias(b);
+  ops::_bn_squeeze_excite_({input,
+                            folded_weight,
+                            folded_bias,
+                            w1,
+                            b1,
+                            w2,
+                            b2,
+                            /*batch_statistics=*/false,
+                            eps,
+                            pre_activation,
+                            activation,
+                            gate,
+                            {residual, post_activation},
+                            drop_scale});
+}
+
+void bn_activation_(Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                    const Tensor& var, double eps, std::string_view activation, const OptionalTensor& residual,
+                    const OptionalTensor& drop_scale) {
+  const BatchNormModule bn{weight, bias, "weight", "bias", {mean, var, {}, {}}, /*training=*/false, eps};
+  check_statistics(ops::_bn_activation_.name, input, bn);
+  const auto [a, b] = folded(ops::_bn_activation_.name, input, bn);
+  const OptionalTensor folded_weight(a), folded_bias(b);
+  ops::_bn_activation_(
+      {input, folded_weight, folded_bias, /*batch_statistics=*/false, eps, activation, residual, drop_scale});
+}
+
+void register_all(torch::Library& m) {
   m.impl("_bn_squeeze_excite_running", bn_squeeze_excite);
   m.impl("_bn_activation_running", bn_activation);
+  m.impl("_bn_squeeze_excite_running_", bn_squeeze_excite_);
+  m.impl("_bn_activation_running_", bn_activation_);
+}
+
+TORCH_LIBRARY_IMPL(se_ext, CompositeImplicitAutograd, m) {
+  register_all(m);
 }
 // For torch.func, which transforms what the op is made of.
 TORCH_LIBRARY_IMPL(se_ext, FuncTorchDynamicLayerFrontMode, m) {
-  m.impl("_bn_squeeze_excite_running", bn_squeeze_excite);
-  m.impl("_bn_activation_running", bn_activation);
+  register_all(m);
 }
 
 }  // namespace

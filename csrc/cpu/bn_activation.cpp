@@ -54,6 +54,7 @@ void Backend<Cpu>::bn_activation(const ops::BnActivation& a, const ops::Activati
                                  const Statistics& statistics) {
   using namespace cpu;
   const FeatureMap map_of_batch(a.input);
+  const MapOutput out(map_of_batch, a.input, y);
   const FoldedMap x(map_of_batch);
   const std::int64_t slab = x.slab_elements();
   Vectors v(a.norm(), x.accumulation_type());
@@ -63,8 +64,9 @@ void Backend<Cpu>::bn_activation(const ops::BnActivation& a, const ops::Activati
   SampleCoefficients coefficients(x, a.drop_scale, v);
   Scratch scratch(coefficients.scratch_items(), SampleCoefficients::kPieces, x.accumulation_options());
   coefficients.compute(v.of(map_of_batch), scratch);
-  const Pointer residual_at = pointer(residual), y_at(y);
+  const Pointer residual_at = pointer(residual), y_at(out.tensor);
   const Schedule schedule = Schedule::of(x, residual.defined() ? 3 : 2, 0);
+  const bool streaming = schedule.streaming && !out.is_input();
   const Tiles tiles(x);
   const PrologueKernels& map = kernels().prologue[static_cast<int>(x.dtype)];
   schedule.run_backwards(x.samples, [&](Team team, int, std::int64_t first, std::int64_t samples) {
@@ -75,9 +77,10 @@ void Backend<Cpu>::bn_activation(const ops::BnActivation& a, const ops::Activati
                    residual_at.at(n * slab),
                    y_at.at(n * slab),
                    activations.post,
-                   schedule.streaming});
+                   streaming});
     });
   });
+  out.write_back();
 }
 
 // One pass sums up what the normalisation's gradient needs, another writes. Without a residual, the slope of the

@@ -28,6 +28,7 @@ BnForward::BnForward(const ops::BnSqueezeExcite& a, const ops::Activations& acti
       pre(activations.pre),
       post(activations.post),
       x(a.input),
+      out(x, a.input, y),
       e(a.excitation(), activations),
       N(x.samples),
       C(e.channels()),
@@ -37,6 +38,7 @@ BnForward::BnForward(const ops::BnSqueezeExcite& a, const ops::Activations& acti
       residual(x.in_my_layout(a.tail.residual)),
       drop(Vectors::in_type(a.drop_scale, v.type)),
       schedule(Schedule::of(x, residual.defined() ? 3 : 2, e.weight_bytes())),
+      streaming(schedule.streaming && !out.is_input()),
       tiles(x, schedule),
       scratch(tiles.scratch_items() + N * M + 2 * C + rows * N * C, 4 + rows, x.accumulation_options()),
       a_at(scratch.take(C)),
@@ -47,7 +49,7 @@ BnForward::BnForward(const ops::BnSqueezeExcite& a, const ops::Activations& acti
       scale_at(saved.excitation.scale),
       means_at(saved.sample_means),
       residual_at(pointer(residual)),
-      y_at(y),
+      y_at(out.tensor),
       drop_at(pointer(drop)) {
   tiles.use(scratch.take(tiles.scratch_items()));
   v.kernels().coefficients(v.of(x), a_at.base, b_at.base);

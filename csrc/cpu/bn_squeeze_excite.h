@@ -16,11 +16,13 @@ struct BnForward {
   const bool batch_statistics;
   const Activation pre, post;
   const FeatureMap x;
+  const MapOutput out;
   const Excitation e;
   const std::int64_t N, C, M, slab;
   Vectors v;  // with the batch's statistics
   const Tensor residual, drop;
   const Schedule schedule;
+  const bool streaming;
   Reduction tiles;
   Scratch scratch;
   const Pointer a_at, b_at, h_at, z_at, hidden_at, scale_at, means_at, residual_at, y_at, drop_at;

@@ -12,8 +12,9 @@ void forward_behind_activation(const ops::BnSqueezeExcite& a, const ops::Activat
   const NormKernels& vectors = f.v.kernels();
   const MapKernels& plain = kernels().map[static_cast<int>(f.x.dtype)];
   const PrologueKernels& map = kernels().prologue[static_cast<int>(f.x.dtype)];
-  // An expensive u is left in y between the two passes, where y is as precise as u.
-  const bool u_is_in_y = !is_cheap(f.pre) && f.x.tensor.scalar_type() == f.v.type;
+  // An expensive u is left in y between the two passes, where y is as precise as u, and not still to be read as the
+  // residual.
+  const bool u_is_in_y = !is_cheap(f.pre) && f.x.tensor.scalar_type() == f.v.type && f.residual_at.base != f.y_at.base;
   const auto prologue = [&](std::int64_t n) { return PrologueMap{f.x.sample(n), f.a_at.base, f.b_at.base, f.pre}; };
   f.run([&](Team team, int index, std::int64_t first, std::int64_t samples) {
     f.tiles.reduce(team, index, first, samples, f.x.slab.points, f.z_at, [&](std::int64_t n, Tile tile, void* sums) {
@@ -29,10 +30,11 @@ void forward_behind_activation(const ops::BnSqueezeExcite& a, const ops::Activat
       if (u_is_in_y) {
         plain.rescale(f.x.slab, tile, {y_of_n, scale, residual, y_of_n, f.post, /*streaming=*/false});
       } else {
-        map.rescale(f.x.slab, tile, {prologue(n), scale, residual, y_of_n, f.post, f.schedule.streaming});
+        map.rescale(f.x.slab, tile, {prologue(n), scale, residual, y_of_n, f.post, f.streaming});
       }
     });
   });
+  f.out.write_back();
 }
 
 void backward_behind_activation(const ops::BnSqueezeExciteBackward& a, const ops::Activations& activations,

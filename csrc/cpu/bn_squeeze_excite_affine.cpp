@@ -33,9 +33,10 @@ void forward_behind_affine(const ops::BnSqueezeExcite& a, const ops::Activations
                    f.residual_at.at(n * f.slab),
                    f.y_at.at(n * f.slab),
                    f.post,
-                   f.schedule.streaming});
+                   f.streaming});
     });
   });
+  f.out.write_back();
 }
 
 void backward_behind_affine(const ops::BnSqueezeExciteBackward& a, const ops::Activations& activations,

@@ -12,6 +12,7 @@ void Backend<Cuda>::bn_activation(const ops::BnActivation& a, const ops::Activat
                                   const Statistics& statistics) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.input);
+  const MapOutput out(x, a.input, y);
   const std::int64_t C = x.slab.channels;
   Vectors v(a.norm(), x.accumulation_type());
   const Tensor r = aligned_like(x, a.residual), drop = vector_in(a.drop_scale, x.accumulation_type());
@@ -26,7 +27,8 @@ void Backend<Cuda>::bn_activation(const ops::BnActivation& a, const ops::Activat
   }
   const Tensor ones = at::ones({x.samples, C}, x.accumulation_options());
   C10_CUDA_CHECK(write_prologue_rescale(batch, {a_at, b_at, Activation::Identity}, data(drop),
-                                        {data(x.tensor), data(ones), data(r), writable(y), activations.post}));
+                                        {data(x.tensor), data(ones), data(r), writable(out.tensor), activations.post}));
+  out.write_back();
 }
 
 // One pass sums up what the normalisation's gradient needs, another writes.

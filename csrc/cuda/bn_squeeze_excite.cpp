@@ -11,6 +11,7 @@ void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::
                                       const Tensor& y, const ops::SavedBnSqueezeExcite& saved, const Tensor& var) {
   using namespace cuda;
   const FeatureMap x = aligned_map(a.input);
+  const MapOutput out(x, a.input, y);
   const cuda::Excitation e(a.excitation(), activations);
   Vectors v(a.norm(), x.accumulation_type());
   const std::int64_t N = x.samples, C = e.channels(), M = e.hidden_channels();
@@ -35,24 +36,26 @@ void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::
   void* const hidden = writable(saved.excitation.hidden);
   void* const scale = writable(saved.excitation.scale);
   const Prologue prologue{a_at, b_at, activations.pre};
-  const RescaleMaps out{data(x.tensor), scale, data(r), writable(y), activations.post};
+  const RescaleMaps rescale{data(x.tensor), scale, data(r), writable(out.tensor), activations.post};
   const Plan plan = Plan::of({x.dtype, x.slab, N, 1, maps - 1, M, e.weight_bytes(), !is_identity}, current_device());
   if (plan.path == Path::Cluster) {
     const ClusterExcitation excitation{e.first(), e.second(), z, hidden, scale};
-    C10_CUDA_CHECK(write_by_cluster(batch, plan.cluster, excitation, out, &prologue, data(drop)));
+    C10_CUDA_CHECK(write_by_cluster(batch, plan.cluster, excitation, rescale, &prologue, data(drop)));
+    out.write_back();
     return;
   }
   const auto points = static_cast<double>(x.slab.points);
   if (is_identity) {
     void* const means = writable(saved.sample_means);
-    if (!a.batch_statistics) C10_CUDA_CHECK(sum_input(batch, out.x, {means, partials_at, points}));
+    if (!a.batch_statistics) C10_CUDA_CHECK(sum_input(batch, rescale.x, {means, partials_at, points}));
     C10_CUDA_CHECK(squeeze_from_means(v.of(x), is_double, means, z, batch.stream));
   }
   for_each_chunk(batch, is_identity ? N : plan.chunk, [&](const Batch& part) {
-    if (!is_identity) C10_CUDA_CHECK(sum_prologue(part, out.x, prologue, {z, partials_at, points}));
+    if (!is_identity) C10_CUDA_CHECK(sum_prologue(part, rescale.x, prologue, {z, partials_at, points}));
     e.forward({z, hidden, h, scale}, part.first, part.samples, part.stream);
-    C10_CUDA_CHECK(write_prologue_rescale(part, prologue, data(drop), out));
+    C10_CUDA_CHECK(write_prologue_rescale(part, prologue, data(drop), rescale));
   });
+  out.write_back();
 }
 
 // One pass sums up what the gradient of the scale and the normalisation need, another writes. It waits for the whole

@@ -22,7 +22,7 @@ typename Op::Result transformed(const typename Op::Arguments& a) {
 template <class Op>
 void in_place(const typename Op::Arguments& a) {
   checks::in_place(Op::name, a);
-  a.input.copy_(formula::compute(a));
+  a.input.copy_(output_of(formula::compute(a)));
 }
 
 TORCH_LIBRARY_IMPL(se_ext, CompositeExplicitAutograd, m) {

@@ -13,7 +13,7 @@ namespace {
 template <class InPlace, class Functional>
 void written(const typename InPlace::Arguments& a) {
   checks::in_place(InPlace::name, a);
-  a.input.copy_(Functional()(a));
+  a.input.copy_(output_of(Functional()(a)));
 }
 
 template <class InPlace, class Functional>
@@ -24,6 +24,8 @@ void add(torch::Library& m, InPlace, Functional) {
 TORCH_LIBRARY_IMPL(se_ext, Functionalize, m) {
   add(m, ops::rescale_, ops::rescale);
   add(m, ops::squeeze_excite_, ops::squeeze_excite);
+  add(m, ops::_bn_squeeze_excite_, ops::bn_squeeze_excite);
+  add(m, ops::_bn_activation_, ops::_bn_activation);
 }
 
 }  // namespace

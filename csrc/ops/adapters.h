@@ -55,12 +55,13 @@ struct Backend {
   static void squeeze_excite_backward(const ops::SqueezeExciteBackward& a, const ops::Activations& activations,
                                       const Gradients<6>& to);
 
-  // Fills `saved` and the variance.
+  // y may be the input. Fills `saved` and the variance.
   static void bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::Activations& activations, const Tensor& y,
                                 const ops::SavedBnSqueezeExcite& saved, const Tensor& var);
   static void bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackward& a, const ops::Activations& activations,
                                          const Gradients<8>& to);
 
+  // y may be the input.
   static void bn_activation(const ops::BnActivation& a, const ops::Activations& activations, const Tensor& y,
                             const Statistics& statistics);
   static void bn_activation_backward(const ops::BnActivationBackward& a, const ops::Activations& activations,
@@ -170,17 +171,13 @@ struct Adapters {
       const ops::BnSqueezeExcite& a) {
     const ops::Activations activations = a.check();
     const Guard guard(a.input);
-    const c10::SymInt channels = a.input.sym_size(1);
-    const bool saves_means = activations.pre == Activation::Identity;
-    Tensor y = empty_map_like(a.input);
-    auto [mean, var, inverse] = empty_statistics(a.input, a.batch_statistics);
-    Tensor sample_means = empty_matrix(saves_means ? a.input.sym_size(0) : c10::SymInt(0), channels, a.input,
-                                       accumulation_type(a.input.scalar_type()));
-    Tensor z = saved_matrix(a.input, channels), hidden = saved_matrix(a.input, a.w1.sym_size(0));
-    Tensor scale = saved_matrix(a.input, channels);
-    const ops::SavedBnSqueezeExcite saved{{mean, inverse}, sample_means, {z, hidden, scale}};
-    if constexpr (runs) Run::bn_squeeze_excite(a, activations, y, saved, var);
-    return {y, mean, var, inverse, sample_means, z, hidden, scale};
+    return bn_squeeze_excite_into(empty_map_like(a.input), a, activations);
+  }
+
+  static void bn_squeeze_excite_in_place(const ops::BnSqueezeExcite& a) {
+    const ops::Activations activations = checks::in_place(ops::_bn_squeeze_excite_.name, a);
+    const Guard guard(a.input);
+    bn_squeeze_excite_into(a.input, a, activations);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> bn_squeeze_excite(const ops::BnSqueezeExcite& a) {
@@ -199,6 +196,13 @@ struct Adapters {
     const Statistics statistics = empty_statistics(a.input, a.batch_statistics);
     if constexpr (runs) Run::bn_activation(a, activations, y, statistics);
     return {y, statistics.mean, statistics.var, statistics.inverse};
+  }
+
+  static void bn_activation_in_place(const ops::BnActivation& a) {
+    const ops::Activations activations = checks::in_place(ops::_bn_activation_.name, a);
+    const Guard guard(a.input);
+    const Statistics statistics = empty_statistics(a.input, a.batch_statistics);
+    if constexpr (runs) Run::bn_activation(a, activations, a.input, statistics);
   }
 
   static auto bn_activation_backward(const ops::BnActivationBackward& a) {
@@ -235,6 +239,8 @@ struct Adapters {
     add<depthwise_conv>(m, ops::depthwise_conv);
     add<rescale_in_place>(m, ops::rescale_);
     add<squeeze_excite_in_place>(m, ops::squeeze_excite_);
+    add<bn_squeeze_excite_in_place>(m, ops::_bn_squeeze_excite_);
+    add<bn_activation_in_place>(m, ops::_bn_activation_);
     add<excite_forward>(m, ops::_excite_forward);
     add<squeeze_excite_forward>(m, ops::_squeeze_excite_forward);
     add<bn_squeeze_excite_forward>(m, ops::_bn_squeeze_excite_forward);
@@ -247,6 +253,21 @@ struct Adapters {
   }
 
  private:
+  // What the forward op returns, with the output in y.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_squeeze_excite_into(
+      const Tensor& y, const ops::BnSqueezeExcite& a, const ops::Activations& activations) {
+    const c10::SymInt channels = a.input.sym_size(1);
+    const bool saves_means = activations.pre == Activation::Identity;
+    auto [mean, var, inverse] = empty_statistics(a.input, a.batch_statistics);
+    Tensor sample_means = empty_matrix(saves_means ? a.input.sym_size(0) : c10::SymInt(0), channels, a.input,
+                                       accumulation_type(a.input.scalar_type()));
+    Tensor z = saved_matrix(a.input, channels), hidden = saved_matrix(a.input, a.w1.sym_size(0));
+    Tensor scale = saved_matrix(a.input, channels);
+    const ops::SavedBnSqueezeExcite saved{{mean, inverse}, sample_means, {z, hidden, scale}};
+    if constexpr (runs) Run::bn_squeeze_excite(a, activations, y, saved, var);
+    return {y, mean, var, inverse, sample_means, z, hidden, scale};
+  }
+
   template <class A, class F>
   static auto backward(const A& a, const F& run) {
     const ops::Activations activations = a.check();

@@ -52,6 +52,15 @@ struct Returned<0, std::index_sequence<>> {
   using type = void;
 };
 
+// The first of what an op returns.
+inline const Tensor& output_of(const Tensor& result) {
+  return result;
+}
+template <class... T>
+const Tensor& output_of(const std::tuple<Tensor, T...>& results) {
+  return std::get<0>(results);
+}
+
 // The C++ signature of an op with arguments A. What an op without returns writes is its first argument.
 template <class Result, class Flat>
 struct SignatureOf;

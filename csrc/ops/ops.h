@@ -238,6 +238,8 @@ inline constexpr Op<"depthwise_conv", DepthwiseConv, 1> depthwise_conv;
 
 inline constexpr Op<"rescale_", Rescale, 0> rescale_;
 inline constexpr Op<"squeeze_excite_", SqueezeExcite, 0> squeeze_excite_;
+inline constexpr Op<"_bn_squeeze_excite_", BnSqueezeExcite, 0> _bn_squeeze_excite_;
+inline constexpr Op<"_bn_activation_", BnActivation, 0> _bn_activation_;
 
 inline constexpr Op<"_excite_forward", Excite, 2> _excite_forward;
 inline constexpr Op<"_squeeze_excite_forward", SqueezeExcite, 4> _squeeze_excite_forward;
@@ -274,7 +276,7 @@ struct DepthwiseConvRecording
 // The lists that keys/ registers from.
 inline constexpr std::tuple functional{squeeze,           excite,         rescale,       squeeze_excite,
                                       bn_squeeze_excite, _bn_activation, depthwise_conv};
-inline constexpr std::tuple in_place{rescale_, squeeze_excite_};
+inline constexpr std::tuple in_place{rescale_, squeeze_excite_, _bn_squeeze_excite_, _bn_activation_};
 inline constexpr std::tuple<ExciteRecording, RescaleRecording, SqueezeExciteRecording, BnSqueezeExciteRecording,
                             BnActivationRecording, DepthwiseConvRecording>
     differentiable;

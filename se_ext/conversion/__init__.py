@@ -4,7 +4,7 @@ SE blocks into it.
 trace.py          the graph of one module's forward
 blocks.py         SE blocks in it, by their structure
 neighbours.py     what stands around them and around batch norms, as steps; the forward that is made of these
-steps.py          what such a forward calls
+steps.py          what such a forward calls; in_place.py: where a step may overwrite a convolution's output
 fused_class.py    the class that a converted module gets
 check.py          whether a block's conversion computes the same; verify.py: whether a network's does
 convert.py        the two functions; report.py: what they tell

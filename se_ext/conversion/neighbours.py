@@ -1,8 +1,8 @@
 """The neighbours that are fused in a container: in the graph of its forward, each batch norm or SE block with what
 stands before and behind it becomes one step (steps.py).
 
-    [batch norm →] [activation →] SE block [→ stochastic depth] [→ + shortcut] [→ activation]
-    batch norm [→ stochastic depth] [→ + shortcut] [→ activation]
+    [[convolution →] batch norm →] [activation →] SE block [→ stochastic depth] [→ + shortcut] [→ activation]
+    [convolution →] batch norm [→ stochastic depth] [→ + shortcut] [→ activation]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .._known import BATCH_NORMS, known_activation
 from .._names import ACTIVATIONS, function_name
 from . import steps
 from .fused_class import Recipe
+from .in_place import is_convolution
 from .trace import NotTraceable, is_chain, original_class, trace
 
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -33,6 +34,7 @@ class Match:
 
     nodes: list[fx.Node]
     input: Any
+    conv: str | None = None
     bn: str | None = None
     pre: Any = None
     se: str | None = None
@@ -167,11 +169,42 @@ class Container:
             if node in taken or len(node.args) != 1 or node.kwargs:
                 continue
             match = self.behind(node, self.before_block(node) if node in blocks else self.only_norm(node), taken)
-            if match is not None:
-                taken.update(match.nodes)
-                found.append(match)
+            taken.update(match.nodes)
+            found.append(match)
         order = {node: index for index, node in enumerate(self.graph.nodes)}
+        ends = {match.nodes[-1] for match in found}
+        for match in found:
+            if match.bn is not None:
+                self.take_convolution(match, order, ends)
+        found = [match for match in found if not self.is_call(match)]
         return sorted(found, key=lambda match: order[match.nodes[0]])
+
+    def take_convolution(self, match: Match, order: dict[fx.Node, int], ends: set[fx.Node]) -> None:
+        """Has the step call the convolution in front, where nobody else reads its output.
+
+        The step stands where the last node of the match does, so the convolution is called later than it was. What is
+        called in between must not change what the convolution reads: so either nothing is called in between, or the
+        convolution reads the output of another step (one of `ends`), and nobody else does.
+        """
+        node = match.input
+        m = self.called(node)
+        if m is None or not is_convolution(m) or len(node.users) != 1 or len(node.args) != 1 or node.kwargs:
+            return
+        between = range(order[node] + 1, order[match.nodes[-1]])
+        calls = {n for n, index in order.items() if index in between and n.op.startswith("call_")} - {*match.nodes}
+        identities, _ = self.skip_back(node.args[0])
+        source: Any = identities[0].args[0] if identities else node.args[0]
+        if calls and (source not in ends or len(source.users) != 1):
+            return
+        match.conv = str(node.target)
+        match.input = node.args[0]
+        match.nodes.insert(0, node)
+
+    def is_call(self, match: Match) -> bool:
+        """Whether a match is the call of a module that does the same by itself."""
+        if match.conv is not None or len(match.nodes) > 1:
+            return False
+        return match.bn is None or is_norm_act(self.module.get_submodule(match.bn))
 
     def only_norm(self, node: fx.Node) -> Match:
         return Match([node], node.args[0], bn=str(node.target))
@@ -192,7 +225,8 @@ class Container:
             return match
         if act is not None and steps.own_activation(m) != "identity":
             return match
-        return Match([source, *nodes, node], source.args[0], str(source.target), act, match.se, identities=identities)
+        bn = str(source.target)
+        return Match([source, *nodes, node], source.args[0], bn=bn, pre=act, se=match.se, identities=identities)
 
     def skip_back(self, node: Any) -> tuple[list[fx.Node], list[str]]:
         """The identities that end in node, in the graph's order, each with one user."""
@@ -202,7 +236,7 @@ class Container:
             node = node.args[0]
         return nodes, [str(n.target) for n in nodes]
 
-    def behind(self, node: fx.Node, match: Match, taken: set[fx.Node]) -> Match | None:
+    def behind(self, node: fx.Node, match: Match, taken: set[fx.Node]) -> Match:
         """What follows a block or a batch norm."""
         ends_in_act = match.se is None and steps.own_activation(self.module.get_submodule(str(match.bn))) != "identity"
         passed: list[fx.Node] = []
@@ -242,8 +276,6 @@ class Container:
                     take(user)
                     continue
             break
-        if len(match.nodes) == 1 and (match.se is not None or is_norm_act(self.module.get_submodule(str(match.bn)))):
-            return None  # a call of the module does the same
         return match
 
     # ---- the generated forward ----
@@ -270,14 +302,15 @@ class Container:
 
         input, residual = (self.steps.get(node, node) for node in (match.input, match.residual))
         with graph.inserting_before(last):
-            bn = None if match.bn is None else graph.create_node("get_attr", match.bn)
-            drop_path = None if match.drop_path is None else graph.create_node("get_attr", match.drop_path)
-            if match.se is None:
-                step = graph.call_function(steps.batch_norm, (bn, node_of(match.post), input, drop_path, residual))
+            conv, bn, se, drop_path = (
+                None if path is None else graph.create_node("get_attr", path)
+                for path in (match.conv, match.bn, match.se, match.drop_path)
+            )
+            pre, post = node_of(match.pre), node_of(match.post)
+            if se is None:
+                step = graph.call_function(steps.batch_norm, (conv, bn, post, input, drop_path, residual))
             else:
-                se = graph.create_node("get_attr", match.se)
-                arguments = (bn, node_of(match.pre), se, input, drop_path, residual, node_of(match.post))
-                step = graph.call_function(steps.tail, arguments)
+                step = graph.call_function(steps.tail, (conv, bn, pre, se, input, drop_path, residual, post))
         last.replace_all_uses_with(step)
         self.steps[last] = step
         for node in reversed(match.nodes):

@@ -1,7 +1,8 @@
 """What generated forwards call, and the forwards of converted SE blocks and batch norms.
 
 Each step takes modules, decides at the call what is known of them (_known.py), and runs that as one op. Whatever is not
-known (it has a hook, a class of its own, an adapter) is called, in the network's order.
+known (it has a hook, a class of its own, an adapter) is called, in the network's order. The convolution in front is
+called in any case; a step that knows it may write into its output (in_place.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .._known import (
     known_block,
     normalization_of,
 )
-from .._ops import Normalization
+from .._ops import Normalization, uses_batch_statistics
+from .in_place import convolved
 
 Act = Any
 """An activation: a module, a name of the ops', or None for none."""
@@ -64,45 +66,63 @@ def _submodule(module: Any, path: str) -> Any:
     return module
 
 
-def batch_norm(bn: Any, act: Act, input: Tensor, drop_path: Any = None, residual: Tensor | None = None) -> Tensor:
-    """act(drop_path(bn(input)) + residual)"""
+def batch_norm(
+    conv: Any, bn: Any, act: Act, input: Tensor, drop_path: Any = None, residual: Tensor | None = None
+) -> Tensor:
+    """act(drop_path(bn(conv(input))) + residual); conv None: no convolution."""
+    x, overwrite = convolved(conv, input)
     name = _known_name(act)
-    if not _is_of_the_same_kind(residual, input) or not _is_map(bn, input):
+    if not _is_of_the_same_kind(residual, x) or not _is_map(bn, x):
         name = None
     if name is not None and not is_left_to_compilers(bn) and (drop_path is None or is_known_drop_path(drop_path)):
         known = known_norm(bn)
         if known is not None:
             normalization, own = known
             if own == "identity" or (name == "identity" and residual is None and drop_path is None):
-                drop_scale = drop_scale_of(drop_path, input)
+                drop_scale = drop_scale_of(drop_path, x)
                 name = own if name == "identity" else name
-                return _ops.bn_activation_running(input, *normalization, name, residual, drop_scale)
-    return _end(bn(input), act, drop_path, residual)
+                if overwrite and not uses_batch_statistics(normalization):
+                    return _ops.bn_activation_by_overwriting(x, normalization, name, residual, drop_scale)
+                return _ops.bn_activation_running(x, *normalization, name, residual, drop_scale)
+    return _end(bn(x), act, drop_path, residual)
 
 
 def tail(
-    bn: Any, pre: Act, se: Any, input: Tensor, drop_path: Any = None, residual: Tensor | None = None, post: Act = None
+    conv: Any,
+    bn: Any,
+    pre: Act,
+    se: Any,
+    input: Tensor,
+    drop_path: Any = None,
+    residual: Tensor | None = None,
+    post: Act = None,
 ) -> Tensor:
-    """post(drop_path(se(pre(bn(input)))) + residual); bn None: no batch norm."""
+    """post(drop_path(se(pre(bn(conv(input))))) + residual); conv None: no convolution; bn None: no batch norm."""
+    x, overwrite = convolved(conv, input)
     pre_name, post_name = _known_name(pre), _known_name(post)
     layers = known_block(se)
     excitation = None if layers is None else excitation_of(layers[0], layers[1])
     can_drop = drop_path is None or is_known_drop_path(drop_path)
-    can_add = _is_of_the_same_kind(residual, input)
+    can_add = _is_of_the_same_kind(residual, x)
     if excitation is None or layers is None or post_name is None or not can_drop or not can_add:
-        return _end(se(_activated(bn, pre, input)), post, drop_path, residual)
+        return _end(se(_activated(bn, pre, x)), post, drop_path, residual)
     _, _, activation, gate = layers
-    is_called = bn is None or pre_name is None or is_left_to_compilers(bn) or not _is_map(bn, input)
+    is_called = bn is None or pre_name is None or is_left_to_compilers(bn) or not _is_map(bn, x)
     known = None if is_called else known_norm(bn)
     if known is not None:
         normalization, own = known
         if own == "identity" or pre_name == "identity":
-            drop_scale = drop_scale_of(drop_path, input)
+            drop_scale = drop_scale_of(drop_path, x)
             pre_name = own if pre_name is None or pre_name == "identity" else pre_name
+            names = (pre_name, activation, gate)
+            if overwrite and not uses_batch_statistics(normalization):
+                return _ops.squeeze_excite_by_overwriting(
+                    x, normalization, excitation, *names, residual, post_name, drop_scale
+                )
             return _ops.squeeze_excite_behind_batch_norm(
-                input, normalization, excitation, pre_name, activation, gate, residual, post_name, drop_scale
+                x, normalization, excitation, *names, residual, post_name, drop_scale
             )
-    u = _activated(bn, pre, input)
+    u = _activated(bn, pre, x)
     drop_scale = drop_scale_of(drop_path, u)
     if drop_scale is None:
         return _ops.squeeze_excite(u, *excitation, activation, gate, residual, post_name)
@@ -124,7 +144,7 @@ def _is_map(bn: Any, input: Tensor) -> bool:
 
 
 def _activated(bn: Any, act: Act, input: Tensor) -> Tensor:
-    return _activate(act, input) if bn is None else batch_norm(bn, act, input)
+    return _activate(act, input) if bn is None else batch_norm(None, bn, act, input)
 
 
 def _end(v: Tensor, act: Act, drop_path: Any, residual: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,6 +249,29 @@ def test_any_alignment(dtype: torch.dtype) -> None:
     torch.ops.se_ext.squeeze_excite_(target, *problem.weights)
     torch.ops.se_ext.squeeze_excite_(in_place, *problem.weights)
     assert_same_bits([target], [in_place], "in place")
+
+
+@pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("residual", ["none", "another", "the input"])
+@pytest.mark.parametrize("path", PATHS)
+def test_in_place_behind_a_batch_norm(path: str, residual: str, last: bool) -> None:
+    problem = Problem((3, 24, 7, 9), torch.float32, last)
+    ops = torch.ops.se_ext
+
+    def both(functional: Any, in_place: Any, *arguments: Any) -> None:
+        target = problem.x.clone()
+        r = {"none": None, "another": problem.residual, "the input": target}[residual]
+        expected = functional(problem.x, *arguments, problem.x if r is target else r, *tail)
+        in_place(target, *arguments, r, *tail)
+        assert_same_bits([target], expected[:1], path)
+
+    set_path(path)
+    for pre in ("identity", "relu", "silu"):
+        tail: tuple[Any, ...] = ("relu", problem.drop)
+        names = (False, 1e-5, pre, "relu", "sigmoid")
+        both(ops.bn_squeeze_excite, ops._bn_squeeze_excite_, *problem.bn, *problem.weights, *names)
+    tail = (problem.drop,)
+    both(ops._bn_activation, ops._bn_activation_, *problem.bn, False, 1e-5, "silu")
 
 
 @pytest.mark.parametrize("dtype", sorted(HALF, key=str))

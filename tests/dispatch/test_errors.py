@@ -4,7 +4,7 @@ for real, fake and meta tensors."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -301,6 +301,26 @@ def scale() -> dict[str, Any]:
     return {"scale": x(N, C)}
 
 
+def bn_weights() -> dict[str, Any]:
+    names = {"pre_activation": "silu", "activation": "relu", "gate": "sigmoid", "post_activation": "identity"}
+    rest = {"batch_statistics": False, "eps": 1e-5, "residual": None, "drop_scale": None}
+    return {"bn_weight": x(C), "bn_bias": x(C), **weights(), **names, **rest}
+
+
+def bn_vectors() -> dict[str, Any]:
+    return {"weight": x(C), "bias": x(C), "batch_statistics": False, "eps": 1e-5, "activation": "relu"}
+
+
+def running(given: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """The same of the op that takes running statistics."""
+
+    def made() -> dict[str, Any]:
+        rest = {k: v for k, v in given().items() if k != "batch_statistics"}
+        return rest | {"running_mean": x(C), "running_var": x(C)}
+
+    return made
+
+
 IN_PLACE = [
     *map_cases("rescale_", scale),
     *scale_cases("rescale_"),
@@ -310,6 +330,34 @@ IN_PLACE = [
     *excitation_cases("squeeze_excite_", x),
     *tail_cases("squeeze_excite_", weights),
     *in_place_cases("squeeze_excite_", weights, ("w2", (C, M))),
+    *map_cases("_bn_squeeze_excite_", bn_weights),
+    *in_place_cases("_bn_squeeze_excite_", bn_weights, ("bn_weight", (C,))),
+    *map_cases("_bn_activation_", bn_vectors),
+    *in_place_cases("_bn_activation_", bn_vectors, ("weight", (C,))),
+    *(
+        replace(bad, op=f"{name}running_")
+        for name, given, weight in (
+            ("_bn_squeeze_excite_", bn_weights, "bn_weight"),
+            ("_bn_activation_", bn_vectors, "weight"),
+        )
+        for bad in (
+            *in_place_cases(name, running(given), (weight, (C,))),
+            case(
+                name,
+                "running_mean-shape",
+                RuntimeError,
+                "expected running_mean of shape [8], got [4]",
+                lambda _, given=given: (x(), running(given)() | {"running_mean": x(M)}),
+            ),
+            case(
+                name,
+                "running_var-dtype",
+                TypeError,
+                f"expected running_var {FLOATING}int64",
+                lambda _, given=given: (x(), running(given)() | {"running_var": x(C, dtype=torch.int64)}),
+            ),
+        )
+    ),
 ]
 CASES = [
     *map_cases("squeeze", dict),

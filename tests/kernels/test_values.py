@@ -241,10 +241,14 @@ def test_slopes_at_the_kinks_of_excite(activation: str, gate: str) -> None:
 # ---- what an argument means ----
 
 
-def test_in_place_with_input_as_residual() -> None:
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pre_activation", ["identity", "relu", "silu"])
+@cases(lambda case: case.writes == ("input",))
+def test_in_place_with_input_as_residual(case: OpCase, pre_activation: str, channels_last: bool) -> None:
     """The residual may be the input itself: each element is read before it is written."""
-    case = BY_NAME["squeeze_excite_"]
-    arguments = case.make(Options(post_activation="identity"))
+    arguments = case.make(
+        Options(pre_activation=pre_activation, post_activation="identity", channels_last=channels_last)
+    )
     arguments["residual"] = arguments["input"]
     (exact,) = case.exact(in_float64(arguments))
     case.run(arguments)

@@ -31,8 +31,11 @@ WITHOUT_FORMULA = {
     "_rescale_backward",
     "_bn_activation",
     "_bn_activation_backward",
+    "_bn_activation_",
     "_bn_activation_running",
+    "_bn_activation_running_",
     "_bn_squeeze_excite_running",
+    "_bn_squeeze_excite_running_",
 }
 
 
