@@ -229,7 +229,6 @@ def _padding_of(conv: Any) -> Any:
     return padding
 
 
-
 def normalization_of(bn: Any) -> Optional[Normalization]:
     """The arguments of an op that stand for a batch norm, or None if it has to be called: SyncBatchNorm and subclasses
     have formulas of their own. (And a batch norm without an eps is for torch to refuse.)"""

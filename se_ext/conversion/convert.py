@@ -232,7 +232,7 @@ def _convolution_recipes(
     for path, module in model.named_modules():
         if is_converted(module) or "forward" in module.__dict__ or not is_depthwise(module):
             continue
-        shape = f"{module.in_channels} × {'×'.join(map(str, module.kernel_size))}"  # type: ignore[arg-type]
+        shape = f"{module.in_channels} × {'×'.join(map(str, module.kernel_size))}"
         if where is not None and not where(path, module):
             report.skipped.append(_row(path, module, shape, "where said no"))
         else:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .._known import BATCH_NORMS, known_activation
+from .._known import BATCH_NORMS, is_convolution, known_activation
 from .._names import ACTIVATIONS, function_name
 from . import steps
 from .fused_class import Recipe
-from .in_place import is_convolution
 from .trace import NotTraceable, is_chain, original_class, trace
 
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")

@@ -13,7 +13,7 @@ class Row(NamedTuple):
     kind: str
     """its class"""
     shape: str
-    """of an SE block: channels → squeezed width"""
+    """of an SE block: channels → squeezed width; of a depthwise convolution: channels × kernel"""
     outcome: str
     """what was done, or why nothing was"""
 

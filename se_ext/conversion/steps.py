@@ -207,9 +207,9 @@ def original_forward(module: Any, input: Tensor) -> Tensor:
 def depthwise_conv(conv: Any, input: Tensor) -> Tensor:
     """The forward of a converted depthwise convolution. On other devices than the CPU ATen's is called either way, and
     a single map without a batch is for torch."""
-    if isinstance(input, Tensor) and input.is_cpu and input.dim() == len(conv.__dict__["kernel_size"]) + 2:
-        if not is_left_to_compilers(conv) and (known := depthwise_of(conv)) is not None:
-            return _ops.depthwise_conv(input, *known)
+    is_batch = isinstance(input, Tensor) and input.dim() == len(conv.__dict__["kernel_size"]) + 2
+    if is_batch and input.is_cpu and not is_left_to_compilers(conv) and (known := depthwise_of(conv)) is not None:
+        return _ops.depthwise_conv(input, *known)
     return original_forward(conv, input)
 
 

@@ -91,13 +91,14 @@ def pair(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
     return plain, ours
 
 
-# What convert converts of the network: blocks, timm's batch norms, and what calls them.
+# What convert converts of the network: blocks, timm's batch norms, depthwise convolutions, and what calls them.
 CONVERTED = {
     "stem": "0 bn → act",
     **{f"blocks.{i}.se": "block" for i in range(4)},
     "blocks.1.downsample": "0 bn",
     **{f"blocks.{i}": "neighbours" for i in range(4)},
     **{f"blocks.{i}.bn{j}": "norm" for i in (2, 3) for j in (1, 2, 3)},
+    **{f"blocks.{i}.conv_dw": "convolution" for i in (2, 3)},
 }
 
 

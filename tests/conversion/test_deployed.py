@@ -16,7 +16,7 @@ from conversion.small import assert_same, images, network, pair, results
 
 pytestmark = pytest.mark.cpu_only
 
-BLOCKS, NORMS = 4, 8
+BLOCKS, NORMS, CONVOLUTIONS = 4, 8, 2
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,8 @@ def test_compiled_training_step_has_one_node_for_each_step() -> None:
     (ops,) = counts
     assert ops["se_ext._bn_squeeze_excite_running"] == BLOCKS
     assert ops["se_ext._bn_activation_running"] == NORMS
-    assert ops.total() == BLOCKS + NORMS
+    assert ops["se_ext.depthwise_conv"] == CONVOLUTIONS
+    assert ops.total() == BLOCKS + NORMS + CONVOLUTIONS
 
 
 def test_compiled_inference_leaves_batch_norms_to_the_compiler() -> None:
@@ -58,7 +59,7 @@ def test_compiled_inference_leaves_batch_norms_to_the_compiler() -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(images()), plain.eval()(images()))
     assert counts[0]["se_ext.squeeze_excite"] == BLOCKS
-    assert not any("bn_" in name for name in counts[0])
+    assert not any("bn_" in name or "depthwise" in name for name in counts[0])
 
 
 def test_compiled_by_inductor() -> None:

@@ -345,7 +345,7 @@ class KeepingDispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.convolution.default:
+        if function in (torch.ops.aten.convolution.default, torch.ops.se_ext.depthwise_conv.default):
             self.kept(result)
         return result
 
@@ -357,7 +357,8 @@ class KeepingFunction(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        return self.kept(result) if function is torch.conv2d else result
+        is_convolution = function in (torch.conv2d, torch.ops.se_ext.depthwise_conv.default)
+        return self.kept(result) if is_convolution else result
 
 
 @pytest.mark.parametrize("mode", [KeepingDispatch, KeepingFunction])
