@@ -182,11 +182,16 @@ Depthwise = tuple[Tensor, Optional[Tensor], list[int], list[int], list[int]]
 """weight, bias, stride, padding, dilation, as the op depthwise_conv takes them"""
 
 
+def is_convolution(module: Any) -> bool:
+    """Whether the module is of a class of these. Its forward gives a new map, which nobody else holds."""
+    cls = type(module)
+    return cls in CONVOLUTIONS or (cls.__module__, cls.__qualname__) in _CONVOLUTIONS_OF_LIBRARIES
+
+
 def is_depthwise(conv: Any) -> bool:
     """Whether the kernels compute a convolution: each channel has a filter of its own, which is 3, 5 or 7 wide, with
     stride 1 or 2 and dilation 1 along the last dim, and zeros beyond the map."""
-    cls = type(conv)
-    if cls not in CONVOLUTIONS and (cls.__module__, cls.__qualname__) not in _CONVOLUTIONS_OF_LIBRARIES:
+    if not is_convolution(conv):
         return False
     state = conv.__dict__
     channels = state["in_channels"]

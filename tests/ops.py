@@ -273,6 +273,11 @@ class OpCase:
     def has_map(self) -> bool:
         return "input" in self.names
 
+    @property
+    def needs_points(self) -> bool:
+        """A map of no points is refused, as torch's convolution refuses it."""
+        return "dilation" in self.names
+
     # ---- arguments ----
 
     def make(self, options: Options = Options()) -> dict[str, Any]:

@@ -336,6 +336,13 @@ def convolution_cases() -> list[Case]:
             "expected input that is, with its padding, at least as large as the filter, 3, got a dim of 0 + 0",
             input=lambda _: x(N, C, 0, 5),
         ),
+        bad(
+            "empty-input-same",
+            RuntimeError,
+            "expected input of at least one point along each spatial dim, got [3, 8, 5, 0]",
+            input=lambda _: x(N, C, 5, 0),
+            padding=[],
+        ),
     ]
 
 
