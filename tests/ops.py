@@ -791,7 +791,7 @@ CASES = [
         one(reference.depthwise_conv),
         of_filter,
         FILTER,
-        crossed=("dtypes", "kernel", "stride", "layout"),
+        crossed=("kernel", "stride", "layout"),
         own_parts=FILTER_PARTS,
         own_domains=FILTER_DOMAINS,
     ),
