@@ -99,7 +99,9 @@ class BuildKernels(build_clib):
         if self.distribution.verbose < 2:  # setup.py -v prints each compiler's command
             logging.disable(logging.INFO)
         try:
-            names = ", ".join(str(Path(source).relative_to(CSRC / KERNEL_FOLDERS[0]).with_suffix("")) for source in stale)
+            names = ", ".join(
+                str(Path(source).relative_to(CSRC / KERNEL_FOLDERS[0]).with_suffix("")) for source in stale
+            )
             compile_each(f"CPU kernels for {names}", stale, lambda source: build([stale[source]]))
             build([library for library in libraries if library not in stale.values()])
         finally:

@@ -50,10 +50,11 @@ TORCH_LIBRARY(se_ext, m) {
       "str activation, Tensor? residual=None, Tensor? drop_scale=None) -> Tensor",
       tags);
 
-  // The block's neighbour: each channel meets a filter of its own, weight [C, 1, *kernel]. stride and dilation: one value
-  // for all spatial dims, or one a dim; padding also two a dim (begin and end), and none for "same" (ops/convolution.h).
+  // The block's neighbour: each channel meets a filter of its own, weight [C, 1, *kernel]. stride and dilation: one
+  // value for all spatial dims, or one a dim; padding also two a dim (begin and end), and none for "same"
+  // (ops/convolution.h).
   m.def(
-      "depthwise_conv(Tensor input, Tensor weight, Tensor? bias=None, int[1] stride=1, int[] padding=[0], "
+      "depthwise_conv(Tensor input, Tensor weight, Tensor? bias=None, int[1] stride=1, int[1] padding=0, "
       "int[1] dilation=1) -> Tensor",
       tags);
 

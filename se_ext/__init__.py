@@ -32,7 +32,7 @@ from .attention import (  # noqa: E402
     ScaleShiftSqueezeExcitation,
     SpatialSqueezeExcitation,
 )
-from .functional import bn_squeeze_excite, excite, rescale, squeeze, squeeze_excite  # noqa: E402
+from .functional import bn_squeeze_excite, depthwise_conv, excite, rescale, squeeze, squeeze_excite  # noqa: E402
 from .modules import BatchNormSqueezeExcitation, SqueezeExcitation  # noqa: E402
 
 if _TYPE_CHECKING:
@@ -77,6 +77,7 @@ __all__ = [
     "cmake_prefix_path",
     "concurrent_squeeze_excite",
     "convert",
+    "depthwise_conv",
     "effective_squeeze_excite",
     "efficient_channel_attention",
     "excite",

@@ -1,6 +1,6 @@
 """What torch.utils.flop_counter counts for the ops: the matrix products of the excitation's two layers, as it does for
-the plain SE block with its two convolutions or linear layers. It counts neither elementwise work nor pooling, so the
-other ops have no formula.
+the plain SE block with its two convolutions or linear layers; and the depthwise convolution. It counts neither
+elementwise work nor pooling, so the other ops have no formula.
 """
 
 from __future__ import annotations
@@ -56,12 +56,37 @@ def formula_of(op: Any) -> Callable[..., int]:
     return formula
 
 
+def depthwise_conv_flops(
+    input: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
+) -> int:
+    """A multiplication and an addition per value of the output and of the filter that it meets."""
+    return 2 * prod(out_shape) * prod(weight[1:])
+
+
+def depthwise_conv_backward_flops(
+    grad_output: Sequence[int], input: Sequence[int], weight: Sequence[int], *others: Any, **named: Any
+) -> int:
+    """As many again for the input's gradient, and for the weights'."""
+    wants_input, wants_weight, _ = named["mask"] if "mask" in named else others[-1]
+    return (wants_input + wants_weight) * depthwise_conv_flops(input, weight, out_shape=grad_output)
+
+
+CONVOLUTIONS: dict[str, Callable[..., int]] = {
+    "depthwise_conv": depthwise_conv_flops,
+    "_depthwise_conv_backward": depthwise_conv_backward_flops,
+}
+
+
 def add_formulas(counter: Any) -> None:
     """To torch.utils.flop_counter, the module."""
     for name in COUNTED:
         packet = getattr(torch.ops.se_ext, name)
         if packet not in counter.flop_registry:
             counter.register_flop_formula(packet)(formula_of(packet.default))
+    for name, formula in CONVOLUTIONS.items():
+        packet = getattr(torch.ops.se_ext, name)
+        if packet not in counter.flop_registry:
+            counter.register_flop_formula(packet)(formula)
 
 
 def register() -> None:

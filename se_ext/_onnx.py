@@ -190,6 +190,48 @@ def bn_activation(
     return formula.tail(u, scale, residual, activation), *statistics
 
 
+def depthwise_conv(
+    input: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+) -> Value:
+    formula = Formula(input)
+    kernel = list(weight.shape)[2:]
+    dims = len(kernel)
+
+    def per_dim(values: Sequence[int]) -> list[int]:
+        return list(values) * dims if len(values) == 1 else list(values)
+
+    strides, dilations = per_dim(stride), per_dim(dilation)
+    if padding:
+        values = per_dim(padding)
+        zeros = {"pads": values * 2 if len(values) == dims else values[::2] + values[1::2]}
+    else:
+        zeros = same_padding(list(input.shape)[2:], kernel, strides, dilations)
+    arguments = [formula.read(value) for value in (input, weight, bias) if value is not None]
+    sizes = {"kernel_shape": kernel, "strides": strides, "dilations": dilations, "group": weight.shape[0]}
+    return formula.store(op.Conv(*arguments, **sizes, **zeros))
+
+
+def same_padding(
+    spatial: Sequence[Any], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> dict[str, Any]:
+    """Numbers where they are known: ONNX Runtime has no padding by name beside a dilation. Those of stride 1 are known
+    without the input's size."""
+    begins, ends = [], []
+    for size, taps, step, distance in zip(spatial, kernel, strides, dilations, strict=True):
+        if step > 1 and not isinstance(size, int):
+            return {"auto_pad": "SAME_UPPER"}
+        reach = (taps - 1) * distance + 1
+        total = reach - 1 if step == 1 else max((-(-size // step) - 1) * step + reach - size, 0)
+        begins.append(total // 2)
+        ends.append(total - total // 2)
+    return {"pads": begins + ends}
+
+
 def table() -> dict[Any, Callable[..., Any]]:
     ops = torch.ops.se_ext
     return {
@@ -199,4 +241,5 @@ def table() -> dict[Any, Callable[..., Any]]:
         ops.squeeze_excite.default: squeeze_excite,
         ops.bn_squeeze_excite.default: bn_squeeze_excite,
         ops._bn_activation.default: bn_activation,
+        ops.depthwise_conv.default: depthwise_conv,
     }

@@ -5,13 +5,14 @@ The two ops with most arguments are called here alone, by functions that take th
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, List, Optional, Tuple, Union  # noqa: UP035
 
 import torch
 from torch import Tensor
 
-# TorchScript reads these annotations, so they say Optional[Tensor].
-# ruff: noqa: UP045
+# TorchScript reads these annotations, so they say Optional[Tensor] and List[int].
+# ruff: noqa: UP006, UP007, UP045
 
 # Called by their overloads, which takes less time than to call them by name.
 squeeze = torch.ops.se_ext.squeeze.default
@@ -42,6 +43,40 @@ Normalization = tuple[
 ]
 """bn_weight, bn_bias, running_mean, running_var, num_batches_tracked (each [C] or None, the last one a count), whether
 to normalise by the statistics of the batch, momentum (None: the average of all batches), eps"""
+
+# TorchScript has no Sequence, and its tuples have a length.
+if TYPE_CHECKING:
+    PerDim = Union[int, Sequence[int]]
+    Padding = Union[str, int, Sequence[int]]
+else:
+    PerDim = Union[int, List[int], Tuple[int], Tuple[int, int], Tuple[int, int, int]]
+    Padding = Union[str, int, List[int], Tuple[int], Tuple[int, int], Tuple[int, int, int]]
+
+
+def per_dim(value: PerDim) -> List[int]:
+    """A convolution's stride, padding or dilation: one value for all spatial dims, or several, as a list."""
+    if isinstance(value, int):
+        return [value]
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return list(value)
+    if torch.jit.isinstance(value, List[int]):  # type: ignore[no-untyped-call]
+        return value  # type: ignore[return-value]
+    if torch.jit.isinstance(value, Tuple[int]):  # type: ignore[no-untyped-call]
+        return [value[0]]
+    if torch.jit.isinstance(value, Tuple[int, int]):  # type: ignore[no-untyped-call]
+        return [value[0], value[1]]
+    return [value[0], value[1], value[2]]
+
+
+def padding_of(padding: Padding) -> List[int]:
+    """The padding as the op takes it: "same" is a list of no values."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [0]
+        if padding != "same":
+            raise ValueError(f'depthwise_conv: expected padding to be numbers, "same" or "valid", got "{padding}"')
+        return []
+    return per_dim(padding)
 
 
 def written(input: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The ops as functions. They run under eager, autograd, autocast, torch.compile, torch.export and TorchScript.
 
 Formula and shapes follow Hu et al., "Squeeze-and-Excitation Networks" (2017), section 3: squeeze is equation 2,
-excite equation 3, rescale equation 4.
+excite equation 3, rescale equation 4. The depthwise convolution is the block's neighbour in MobileNet, EfficientNet and
+their relatives.
 """
 
 from __future__ import annotations
@@ -264,3 +265,54 @@ def bn_squeeze_excite(
         post_activation,
         drop_scale,
     )
+
+
+def depthwise_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    stride: _ops.PerDim = 1,
+    padding: _ops.Padding = 0,
+    dilation: _ops.PerDim = 1,
+) -> Tensor:
+    r"""Depthwise convolution: each channel meets a filter of its own.
+
+    y[n, c, o] = bias[c] + Σ_k weight[c, 0, k] input[n, c, stride o - begin + dilation k], zeros outside of the input;
+    o, k, begin and the others have a value for each spatial dim. It is torch's convolution with groups = C.
+
+    The rule of what computes it: on the CPU, kernels of se_ext where the filter is 3, 5 or 7 wide, with stride 1 or 2
+    and dilation 1; ATen's convolution otherwise, and on a GPU. Wide means in the last spatial dim. The other dims may
+    have any size, stride and dilation.
+
+    Args:
+        input: [N, C, *spatial], 1 to 3 spatial dims; float32, float64, bfloat16 or float16; contiguous, channels_last
+            and channels_last_3d natively, other strides through one copy. Half types are summed in float32.
+        weight: [C, 1, *kernel], as many dims as input; of input's dtype, or float32 beside a half-typed input.
+        bias: [C] or None, of weight's dtype.
+        stride: one number for all spatial dims, or one for each (the attributes of torch.nn.Conv2d fit).
+        padding: zeros around the input: one number, one for each spatial dim, or two for each (begin and end, dim after
+            dim); "valid": none; "same": as many as give an output of ceil(size / stride), the odd one at the end, as in
+            TensorFlow at every stride and in torch at stride 1.
+        dilation: one number, or one for each spatial dim: the distance between the values that a filter meets.
+
+    Returns:
+        [N, C, *out] with out = (size + begin + end - dilation (kernel - 1) - 1) // stride + 1; of input's dtype and
+        memory format.
+
+    Raises:
+        RuntimeError: a shape, length or device that does not fit; a filter larger than the padded input.
+        TypeError: a dtype. ValueError: another word than "same" and "valid".
+
+    Source: Sifre 2014, "Rigid-motion scattering for image classification", section 6.2; Howard et al. 2017,
+    "MobileNets", section 3.1.
+
+    Example:
+        >>> import torch, se_ext
+        >>> x, weight = torch.tensor([[[1.0, 2.0, 4.0, 8.0]]]), torch.tensor([[[1.0, 10.0, 100.0]]])
+        >>> se_ext.depthwise_conv(x, weight, padding=1)
+        tensor([[[210., 421., 842.,  84.]]])
+        >>> se_ext.depthwise_conv(x, weight, stride=2, padding="same")  # one zero, at the end
+        tensor([[[421.,  84.]]])
+    """
+    strides, zeros, dilations = _ops.per_dim(stride), _ops.padding_of(padding), _ops.per_dim(dilation)
+    return torch.ops.se_ext.depthwise_conv(input, weight, bias, strides, zeros, dilations)

@@ -5,7 +5,7 @@ Same names, arguments and shapes as se_ext.functional; every intermediate is a t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -106,3 +106,32 @@ def squeeze_excite(
     u = ACTIVATIONS[pre_activation](input)
     scale = excite(squeeze(u), w1, b1, w2, b2, activation, gate)
     return rescale(u, scale, residual, post_activation)
+
+
+def depthwise_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """torch's convolution with groups = C, on an input with its zeros around it."""
+    spatial, kernel = input.shape[2:], weight.shape[2:]
+    dims = len(spatial)
+
+    def per_dim(value: int | Sequence[int]) -> list[int]:
+        values = [value] if isinstance(value, int) else list(value)
+        return values * dims if len(values) == 1 else values
+
+    strides, dilations = per_dim(stride), per_dim(dilation)
+    if padding in ("same", (), []):
+        steps = zip(spatial, kernel, strides, dilations, strict=True)
+        total = [max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0) for size, k, s, d in steps]
+        pairs = [(zeros // 2, zeros - zeros // 2) for zeros in total]
+    else:
+        values = per_dim(0 if isinstance(padding, str) else padding)
+        pairs = [(v, v) for v in values] if len(values) == dims else list(zip(values[::2], values[1::2], strict=True))
+    padded = F.pad(input, [zeros for pair in reversed(pairs) for zeros in pair])  # the last dim comes first
+    convolution: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    return convolution(padded, weight, bias, strides, 0, dilations, input.shape[1])

@@ -2,13 +2,14 @@
 
 An entry says what an op computes, in float64. Its arguments follow from its schema, because a name has one meaning
 everywhere: `input` is a map [N, C, *spatial], `w1` is [M, C], and so on (`PARTS`). So a new op needs one entry, and one
-part for each argument of a new name.
+part for each argument of a new name. Where a name means something else in an op, its entry has parts of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from typing import Any
 
@@ -88,6 +89,10 @@ class Options:
     running: bool = True  # running statistics, and a count of batches
     momentum: float | None = 0.1
     convolutions: bool = False  # weights [M, C, 1, 1] and [C, M, 1, 1]
+    kernel: int = 3  # the width of a depthwise convolution's filter; in the other dims it is 3
+    stride: int = 1
+    padding: str | int | tuple[int, int] = "same"  # or as many zeros, times dilation, on both sides or on each
+    dilation: int = 1
     requires_grad: bool | Collection[str] = False  # all arguments that have a gradient, or those named
     maps: Callable[[], Tensor] | None = None  # makes every map, instead of a random one in one of the two layouts
 
@@ -103,8 +108,32 @@ class Options:
     def points(self) -> int:
         return torch.Size(self.shape[2:]).numel()
 
+    @property
+    def taps(self) -> int:
+        return math.prod(self.filter)
+
+    @property
+    def filter(self) -> tuple[int, ...]:
+        return (3, 3, self.kernel)[5 - len(self.shape) :]
+
     def map(self) -> Tensor:
         return self.maps() if self.maps else make_map(self.shape, self.dtype, self.channels_last)
+
+    def map_of(self, shape: tuple[int, ...]) -> Tensor:
+        """Of an output that may be smaller than the input."""
+        return self.map() if shape == self.shape else make_map(shape, self.dtype, self.channels_last)
+
+    def filters(self) -> Tensor:
+        weight = torch.randn(self.shape[1], 1, *self.filter, dtype=torch.float64) / math.sqrt(self.taps)
+        return weight.to(self.weights)
+
+    def zeros(self) -> list[int]:
+        """The padding of a convolution, as the op takes it."""
+        if self.padding == "same":
+            return []
+        if isinstance(self.padding, int):
+            return [self.padding * self.dilation]
+        return [zeros * self.dilation for _ in self.filter for zeros in self.padding]
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return torch.randn(self.shape[:2], dtype=torch.float64).to(dtype)
@@ -175,6 +204,23 @@ DOMAINS: dict[str, tuple[str, list[Any]]] = {
     "input": ("layout", LAYOUTS),
 }
 
+# The parts and the domains of a depthwise convolution, which names its filters as a batch norm names its vectors. A
+# filter of an even width, a stride of 3 and a dilation of 2 are ATen's.
+FILTER_PARTS: dict[str, Callable[[Options], Any]] = {
+    "weight": Options.filters,
+    "bias": lambda o: o.vector(0.0) if o.biases[0] else None,
+    "stride": lambda o: [o.stride],
+    "padding": Options.zeros,
+    "dilation": lambda o: [o.dilation],
+}
+FILTER_DOMAINS: dict[str, tuple[str, list[Any]]] = {
+    "weight": ("kernel", [3, 5, 7, 2]),
+    "bias": ("biases", [(True, True), (False, False)]),
+    "stride": ("stride", [1, 2, 3]),
+    "padding": ("padding", ["same", 3, (4, 2)]),
+    "dilation": ("dilation", [1, 2]),
+}
+
 Outputs = tuple[Tensor | None, ...]
 
 
@@ -189,6 +235,7 @@ class OpCase:
     writes: the arguments that the op writes.
     crossed: the options of which every combination is tried, not every pair alone.
     forward: of a backward op, the op whose outputs it is given, and the names that it has for them (None: not given).
+    own_parts, own_domains: of arguments whose names mean something else in this op than elsewhere.
     """
 
     name: str
@@ -198,6 +245,8 @@ class OpCase:
     writes: tuple[str, ...] = ()
     crossed: tuple[str, ...] = ()
     forward: tuple[str, tuple[str | None, ...]] | None = None
+    own_parts: dict[str, Callable[[Options], Any]] = field(default_factory=dict, hash=False)
+    own_domains: dict[str, tuple[str, list[Any]]] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.name
@@ -224,11 +273,17 @@ class OpCase:
     def has_map(self) -> bool:
         return "input" in self.names
 
+    @property
+    def needs_points(self) -> bool:
+        """A map of no points is refused, as torch's convolution refuses it."""
+        return "dilation" in self.names
+
     # ---- arguments ----
 
     def make(self, options: Options = Options()) -> dict[str, Any]:
         """Fresh random arguments, by name."""
-        made = self._backward(options) if self.forward else {name: PARTS[name](options) for name in self.names}
+        parts = PARTS | self.own_parts
+        made = self._backward(options) if self.forward else {name: parts[name](options) for name in self.names}
         wanted = options.requires_grad
         for name in self.differentiable:
             if made[name] is not None and (wanted is True or (wanted is not False and name in wanted)):
@@ -243,7 +298,7 @@ class OpCase:
         found = dict(zip(outputs, forward.run(given), strict=True))
         output, residual = found.pop("output", None), given.pop("residual", None)
         made = {**given, **{k: v for k, v in found.items() if k}}
-        made["grad_output"] = options.map() if self.has_map else options.matrix(options.dtype)
+        made["grad_output"] = options.map_of(output.shape) if self.has_map else options.matrix(options.dtype)
         if "saved" in self.names:
             post = given[self.last_activation]
             absent = residual is None or post == "identity"
@@ -335,7 +390,8 @@ class OpCase:
 
     def _check_layout(self, what: str, options: Options, t: Tensor | None) -> None:
         """Maps come in the layout of those given; squeeze's gradient is an expanded view."""
-        if self.has_map and t is not None and t.shape == options.shape and 0 not in t.stride():
+        is_map = t is not None and t.dim() == len(options.shape) and t.shape[:2] == options.shape[:2]
+        if self.has_map and is_map and 0 not in t.stride():
             assert t.is_contiguous(memory_format=memory_format(t.dim(), options.channels_last)), f"{what}: {t.stride()}"
 
     def _compare(
@@ -396,7 +452,8 @@ class OpCase:
 
     def domains(self) -> dict[str, list[Any]]:
         """The options that the op takes, and the values that they go through."""
-        return dict(DOMAINS[name] for name in self.names if name in DOMAINS) | {"dtypes": WEIGHTS_AND_DTYPES}
+        domains = DOMAINS | self.own_domains
+        return dict(domains[name] for name in self.names if name in domains) | {"dtypes": WEIGHTS_AND_DTYPES}
 
     def variations(self, crossed: Collection[str] | None = None, **other: list[Any]) -> list[Options]:
         """Every combination of the `crossed` options, and every pair of values of any two options.
@@ -677,10 +734,16 @@ def of_channel(o: Options) -> tuple[int, int]:
     return values, 2 * values
 
 
+def of_filter(o: Options) -> tuple[int, int]:
+    """A value of the output is a sum over the filter, a weight's gradient one over the points of the batch."""
+    return o.taps + 1, o.shape[0] * o.points + o.taps
+
+
 EXCITATION = ("w1", "b1", "w2", "b2")
 BLOCK = ("input", *EXCITATION, "residual")
 BN_BLOCK = ("input", "bn_weight", "bn_bias", *EXCITATION, "residual")
 BN = ("input", "weight", "bias", "residual")
+FILTER = ("input", "weight", "bias")
 CROSSED_TAIL = ("dtypes", "post_activation", "residual", "layout")
 CROSSED_BN = ("dtypes", "activation", "residual", "layout")
 
@@ -728,6 +791,15 @@ CASES = [
         of_channel,
         BN,
         writes=("running_mean", "running_var", "num_batches_tracked"),
+    ),
+    OpCase(
+        "depthwise_conv",
+        one(reference.depthwise_conv),
+        of_filter,
+        FILTER,
+        crossed=("kernel", "stride", "layout"),
+        own_parts=FILTER_PARTS,
+        own_domains=FILTER_DOMAINS,
     ),
     OpCase(
         "rescale_",
@@ -793,6 +865,14 @@ CASES = [
         backward_of(first(bn_activation), BN),
         of_channel,
         forward=("_bn_activation", ("output", "mean", None, "inverse")),
+    ),
+    OpCase(
+        "_depthwise_conv_backward",
+        backward_of(reference.depthwise_conv, FILTER),
+        of_filter,
+        forward=("depthwise_conv", ("output",)),
+        own_parts=FILTER_PARTS,
+        own_domains=FILTER_DOMAINS,
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -39,8 +39,8 @@ class Convolution {
     Dim* const to[3] = {&depth_, &height_, &width};
     for (std::size_t d = 0; d < dims.size(); ++d) {
       const ConvolvedDim& from = dims[d];
-      *to[3 - dims.size() + d] = {from.in.expect_int(),  from.kernel.expect_int(), from.out.expect_int(),
-                                  from.stride,           from.dilation,            from.begin.expect_int()};
+      *to[3 - dims.size() + d] = {from.in.expect_int(), from.kernel.expect_int(), from.out.expect_int(), from.stride,
+                                  from.dilation,        from.begin.expect_int()};
     }
   }
 

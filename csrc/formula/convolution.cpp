@@ -72,22 +72,38 @@ std::array<Tensor, 3> convolution_backward(const ops::DepthwiseConvBackward& a, 
           in_type_of(bias_gradient, weights)};
 }
 
+// With the strides of a fresh tensor (one of no memory), which the fake kernels promise: where a dim has one point or
+// there are none, ATen leaves others.
+Tensor as_fresh(const Tensor& t, const Tensor& fresh) {
+  if (t.strides() == fresh.strides() && t.storage_offset() == 0) return t;
+  return at::empty_strided(t.sizes(), fresh.strides(), t.options()).copy_(t);
+}
+
+at::TensorOptions without_memory(const Tensor& t) {
+  return t.options().device(at::kMeta);
+}
+
 }  // namespace
 
 Tensor native_convolution(const ops::DepthwiseConv& a) {
-  return convolution(a, a.input.scalar_type()).contiguous(native_format(a.input));
+  const Tensor y = convolution(a, a.input.scalar_type());
+  return as_fresh(y, empty_map_of(y.sym_sizes(), a.input, without_memory(y)));
 }
 
 std::array<Tensor, 3> native_convolution_backward(const ops::DepthwiseConvBackward& a) {
-  auto gradients = convolution_backward(a, a.forward.input.scalar_type());
-  if (gradients[0].defined()) gradients[0] = gradients[0].contiguous(native_format(a.forward.input));
-  if (gradients[1].defined()) gradients[1] = gradients[1].contiguous();
-  return gradients;
+  const Tensor& input = a.forward.input;
+  auto [of_input, of_weight, of_bias] = convolution_backward(a, input.scalar_type());
+  if (of_input.defined()) of_input = as_fresh(of_input, empty_map_like(input, without_memory(input)));
+  if (of_weight.defined()) of_weight = as_fresh(of_weight, at::empty(of_weight.sizes(), without_memory(of_weight)));
+  return {of_input, of_weight, of_bias};
 }
 
 Tensor compute(const ops::DepthwiseConv& a) {
   a.check();
-  return convolution(a, accumulation_type(a.input.scalar_type())).to(a.input.scalar_type());
+  const Tensor y = convolution(a, accumulation_type(a.input.scalar_type())).to(a.input.scalar_type());
+  // ATen chooses the layout, which torch.func's tensors cannot be asked to change.
+  constexpr c10::DispatchKeySet transformed{c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper};
+  return y.key_set().has_any(transformed) ? y : y.contiguous(native_format(a.input));
 }
 
 std::array<Tensor, 3> compute(const ops::DepthwiseConvBackward& a) {

@@ -215,7 +215,7 @@ struct Adapters {
     if constexpr (runs) {
       return Run::depthwise_conv(a);
     } else {
-      return empty_map_like(a.input, convolved_sizes(a));
+      return empty_map_of(convolved_sizes(a), a.input);
     }
   }
 

@@ -19,9 +19,12 @@ inline at::Tensor to_native_layout(const at::Tensor& t) {
 }
 
 // An uninitialised tensor of the map's shape and dtype, in its memory format.
+inline at::Tensor empty_map_like(const at::Tensor& t, const at::TensorOptions& options) {
+  if (has_native_layout(t)) return at::empty_like(t, options);
+  return at::empty_symint(t.sym_sizes(), options, t.suggest_memory_format());
+}
 inline at::Tensor empty_map_like(const at::Tensor& t) {
-  if (has_native_layout(t)) return at::empty_like(t);
-  return at::empty_symint(t.sym_sizes(), t.options(), t.suggest_memory_format());
+  return empty_map_like(t, t.options());
 }
 
 // The memory format in which the kernels read the map.
@@ -29,9 +32,12 @@ inline at::MemoryFormat native_format(const at::Tensor& t) {
   return t.is_contiguous() ? at::MemoryFormat::Contiguous : t.suggest_memory_format();
 }
 
-// The same of other sizes.
-inline at::Tensor empty_map_like(const at::Tensor& t, c10::SymIntArrayRef sizes) {
-  return at::empty_symint(sizes, t.options(), native_format(t));
+// An uninitialised tensor of other sizes, in the map's dtype and memory format.
+inline at::Tensor empty_map_of(c10::SymIntArrayRef sizes, const at::Tensor& t, const at::TensorOptions& options) {
+  return at::empty_symint(sizes, options, native_format(t));
+}
+inline at::Tensor empty_map_of(c10::SymIntArrayRef sizes, const at::Tensor& t) {
+  return empty_map_of(sizes, t, t.options());
 }
 
 // The type that a map of this type is summed in, and that its excitation runs in.

@@ -19,8 +19,8 @@ struct ConvolvedDim {
 using ConvolvedDims = c10::SmallVector<ConvolvedDim, 3>;
 
 // Of arguments whose lists are of a length that check() lets through: one value for all dims, or one a dim; of padding
-// also two a dim, and none for "same": an output of ceil(in / stride), and the zeros that this takes, the odd one behind
-// (as TensorFlow has it).
+// also two a dim, and none for "same": an output of ceil(in / stride), and the zeros that this takes, the odd one
+// behind (as TensorFlow has it).
 inline ConvolvedDims convolved_dims(const ops::DepthwiseConv& a) {
   const auto dims = static_cast<std::size_t>(a.input.dim() - 2);
   const auto of = [](at::IntArrayRef list, std::size_t d) { return list.size() == 1 ? list[0] : list[d]; };

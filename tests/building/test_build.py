@@ -181,7 +181,7 @@ echo end >> {folder}/log"""
 
 def kernel_files() -> list[str]:
     names = ["avx2", "avx512", "baseline"] if platform.machine().lower() in {"x86_64", "amd64"} else ["baseline"]
-    return [f"csrc/cpu/kernels/{name}.cpp" for name in names]
+    return sorted(f"csrc/cpu/kernels/{folder}{name}.cpp" for folder in ("", "depthwise/") for name in names)
 
 
 @pytest.mark.parametrize(("max_jobs", "most"), [("1", 1), ("3", 3)])

@@ -122,11 +122,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return compile_commands(tmp_path_factory.mktemp("configured"))
 
 
+def kernel_files() -> set[str]:
+    """Of this processor's instruction sets."""
+    return {f"cpu/kernels/{folder}{name}.cpp" for folder in ("", "depthwise/") for name in SETS}
+
+
 @pytest.mark.slow
 def test_cmake_compiles_the_same_sources(compiled: dict[str, list[str]]) -> None:
     """All but csrc/cuda, which has an option; of the kernels those of this processor."""
-    kernels = {f"cpu/kernels/{name}.cpp" for name in SETS}
-    assert set(compiled) == sources("**/*.cpp") - sources("cuda/*.cpp") - sources("cpu/kernels/*.cpp") | kernels
+    others = sources("**/*.cpp") - sources("cuda/*.cpp") - sources("cpu/kernels/**/*.cpp")
+    assert set(compiled) == others | kernel_files()
 
 
 @pytest.mark.slow
@@ -134,11 +139,11 @@ def test_cmake_compiles_the_kernels_with_the_same_flags(compiled: dict[str, list
     """But for those that Python was built with, which it adds to all extensions."""
     printed = build_kernels(tmp_path, "-v").stdout
     pythons = set(shlex.split(" ".join(map(str, sysconfig.get_config_vars("CFLAGS", "CCSHARED")))))
-    for name in SETS:
-        [theirs] = re.findall(rf".* -c csrc/cpu/kernels/{name}\.cpp .*", printed)
+    for name in kernel_files():
+        [theirs] = re.findall(rf".* -c csrc/{re.escape(name)} .*", printed)
         flags, expected = (
             {word for word in words if re.match(r"-(std=|O|m|f|W)", word)}
-            for words in (compiled[f"cpu/kernels/{name}.cpp"], shlex.split(theirs))
+            for words in (compiled[name], shlex.split(theirs))
         )
         assert flags <= expected
         assert expected - flags <= pythons

@@ -74,6 +74,14 @@ for dtype in DTYPES:
                     [x, *(torch.rand(c).to(dtype).requires_grad_() for _ in range(2)), *weights, residual],
                     (length, length),
                 )
+            for kernel, stride in ((3, 1), (5, 2), (7, 1)):
+                filters = [torch.randn(c, 1, 3, kernel).to(dtype).requires_grad_(), torch.rand(c).to(dtype)]
+                check_against_float64(
+                    lambda *t: se_ext.depthwise_conv(*t, stride, "same"),
+                    lambda *t: reference.depthwise_conv(*t, stride, "same"),
+                    [x, *filters],
+                    (length + 21, length + 21),
+                )
             with torch.no_grad():
                 expected = se_ext.squeeze_excite(x, *weights, act, gate, residual, post)
                 target = x.clone()

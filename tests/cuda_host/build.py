@@ -98,6 +98,7 @@ def library(sanitize: str = "address") -> Path:
     """The CUDA backend as a shared library for torch.ops.load_library."""
     csrc = ROOT / "csrc"
     sources = [*csrc.glob("cuda/*.cpp"), *csrc.glob("cuda/kernels/*.cu"), *csrc.glob("ops/*.cpp")]
+    sources.append(csrc / "formula" / "convolution.cpp")  # ATen's convolution, which the backend calls
     sources += [p for p in HERE.glob("*.cpp") if p != SELF_TEST]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     target = output(sanitize) / "libse_ext_cuda_host.so"

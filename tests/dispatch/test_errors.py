@@ -245,6 +245,107 @@ def scale_cases(op: str) -> list[Case]:
     ]
 
 
+def filters(**other: Any) -> dict[str, Any]:
+    """A good filter of a depthwise convolution, but for what is given."""
+    return {"weight": x(C, 1, 3, 3)} | other
+
+
+def convolution_cases() -> list[Case]:
+    """What the depthwise convolution says of its filters, and of where they are put."""
+
+    def bad(name: str, error: type[Exception], message: str, **other: Any) -> Case:
+        """`other` overrides a keyword by a tensor made in the case's mode, or by a value."""
+
+        def make(there: str) -> tuple[torch.Tensor, dict[str, Any]]:
+            made = {k: v(there) if callable(v) else v for k, v in other.items()}
+            return made.pop("input", x()), filters(**made)
+
+        return case("depthwise_conv", name, error, message, make)
+
+    shape = "expected weight of shape [8, 1, *kernel] with 2 dims of kernel (input is [3, 8, 5, 5]), got "
+    one, two = "of 1 value or 2 (one for each spatial dim), got ", "or two, begin and end"
+    return [
+        bad("weight-full", RuntimeError, f"{shape}[8, 8, 3, 3]", weight=lambda _: x(C, C, 3, 3)),
+        bad("weight-channels", RuntimeError, f"{shape}[4, 1, 3, 3]", weight=lambda _: x(4, 1, 3, 3)),
+        bad("weight-multiplier", RuntimeError, f"{shape}[16, 1, 3, 3]", weight=lambda _: x(2 * C, 1, 3, 3)),
+        bad("weight-1d", RuntimeError, f"{shape}[8, 1, 3]", weight=lambda _: x(C, 1, 3)),
+        bad("weight-no-dims", RuntimeError, f"{shape}[]", weight=lambda _: x(C).sum()),
+        bad(
+            "weight-empty",
+            RuntimeError,
+            "expected weight whose kernel has no dim of size 0, got [8, 1, 3, 0]",
+            weight=lambda _: x(C, 1, 3, 0),
+        ),
+        bad(
+            "weight-dtype",
+            TypeError,
+            "expected weight of dtype float32, got float64",
+            weight=lambda _: x(C, 1, 3, 3).double(),
+        ),
+        bad(
+            "weight-other-half",
+            TypeError,
+            "expected weight of dtype bfloat16 or float32, got float16",
+            input=lambda _: x(dtype=torch.bfloat16),
+            weight=lambda _: x(C, 1, 3, 3).half(),
+        ),
+        bad(
+            "weight-device",
+            RuntimeError,
+            "expected weight on device {here}, got {there}",
+            weight=lambda there: x(C, 1, 3, 3, device=there),
+        ),
+        bad("bias-length", RuntimeError, "expected bias of shape [8], got [3]", bias=lambda _: x(3)),
+        bad("bias-2d", RuntimeError, "expected bias of shape [8], got [8, 1]", bias=lambda _: x(C, 1)),
+        bad("bias-dtype", TypeError, "expected bias of dtype float32, got bfloat16", bias=lambda _: x(C).bfloat16()),
+        bad(
+            "bias-device",
+            RuntimeError,
+            "expected bias on device {here}, got {there}",
+            bias=lambda there: x(C, device=there),
+        ),
+        bad("stride-length", RuntimeError, f"expected stride {one}[1, 1, 1]", stride=[1, 1, 1]),
+        bad("stride-none", RuntimeError, f"expected stride {one}[]", stride=[]),
+        bad("stride-zero", RuntimeError, "expected stride of at least 1, got [1, 0]", stride=[1, 0]),
+        bad("dilation-length", RuntimeError, f"expected dilation {one}[1, 1, 1, 1]", dilation=[1, 1, 1, 1]),
+        bad("dilation-zero", RuntimeError, "expected dilation of at least 1, got [0]", dilation=0),
+        bad(
+            "padding-length",
+            RuntimeError,
+            f'expected padding of 1 value or 2 (one for each spatial dim; {two}; none: "same"), got [1, 1, 1]',
+            padding=[1, 1, 1],
+        ),
+        bad("padding-negative", RuntimeError, "expected padding of at least 0, got [0, -1]", padding=[0, -1]),
+        bad(
+            "small-input",
+            RuntimeError,
+            "expected input that is, with its padding, at least as large as the filter, 7, got a dim of 5 + 1",
+            weight=lambda _: x(C, 1, 3, 7),
+            padding=[1, 1, 0, 1],
+        ),
+        bad(
+            "dilated",
+            RuntimeError,
+            "expected input that is, with its padding, at least as large as the filter, 9, got a dim of 5 + 2",
+            padding=1,
+            dilation=[4, 1],
+        ),
+        bad(
+            "empty-input",
+            RuntimeError,
+            "expected input that is, with its padding, at least as large as the filter, 3, got a dim of 0 + 0",
+            input=lambda _: x(N, C, 0, 5),
+        ),
+        bad(
+            "empty-input-same",
+            RuntimeError,
+            "expected input of at least one point along each spatial dim, got [3, 8, 5, 0]",
+            input=lambda _: x(N, C, 5, 0),
+            padding=[],
+        ),
+    ]
+
+
 def in_place_cases(op: str, others: Callable[[], dict[str, Any]], small: tuple[str, tuple[int, ...]]) -> list[Case]:
     """What the ops that write into their input say of one that they must not write into."""
     name, shape = small
@@ -386,6 +487,8 @@ CASES = [
         f"expected z {FLOATING}complex128",
         lambda _: (x(N, C, dtype=torch.complex128), weights()),
     ),
+    *map_cases("depthwise_conv", filters),
+    *convolution_cases(),
     *IN_PLACE,
 ]
 
@@ -438,11 +541,14 @@ def test_a_failing_in_place_call_leaves_its_input_alone(bad: Case) -> None:
         ("rescale", "scale", (N, C)),
         ("rescale", "residual", (N, C, 5, 5)),
         ("rescale_", "scale", (N, C)),
+        ("depthwise_conv", "weight", (C, 1, 3, 3)),
+        ("depthwise_conv", "bias", (C,)),
     ],
 )
 def test_a_sparse_argument_of_any_place_is_refused(op: str, name: str, shape: tuple[int, ...], mode: str) -> None:
     with tensors_of(mode):
-        kwargs: dict[str, Any] = scale() if op.startswith("rescale") else weights()
+        small = {"rescale": scale, "rescale_": scale, "depthwise_conv": filters}
+        kwargs: dict[str, Any] = small.get(op, weights)()
         kwargs["z" if op == "excite" else "input"] = x(N, C) if op == "excite" else x()
         kwargs[name] = x(*shape).to_sparse()
         with pytest.raises(RuntimeError) as caught:
@@ -472,6 +578,14 @@ def test_the_functions_raise_what_the_ops_raise() -> None:
         se_ext.squeeze_excite(x(), **weights(w2=x(M, C)))
     with pytest.raises(RuntimeError, match=r"^squeeze_excite_: expected no argument that requires grad"):
         se_ext.squeeze_excite(x(), **weights(w2=x(C, M, requires_grad=True)), inplace=True)
+    with pytest.raises(RuntimeError, match=r"^depthwise_conv: expected bias of shape \[8\], got \[4\]$"):
+        se_ext.depthwise_conv(x(), **filters(bias=x(M)))
+
+
+def test_a_padding_that_is_no_known_word() -> None:
+    expected = '^depthwise_conv: expected padding to be numbers, "same" or "valid", got "full"$'
+    with pytest.raises(ValueError, match=expected):
+        se_ext.depthwise_conv(x(), **filters(), padding="full")
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -504,6 +618,10 @@ def test_a_gradient_of_the_wrong_shape_is_refused(mode: str) -> None:
             )
         with pytest.raises(RuntimeError, match=r"^excite: expected grad_output of shape \[3, 8\], got \[3, 4\]$"):
             ops._excite_backward(x(N, M), x(N, C), *w, "relu", "sigmoid", x(N, M), x(N, C), [True] * 5)
+        with pytest.raises(
+            RuntimeError, match=r"^depthwise_conv: expected grad_output of shape \[3, 8, 3, 3\], got \[3, 8, 5, 4\]$"
+        ):
+            ops._depthwise_conv_backward(g, x(), x(C, 1, 3, 3), None, [2], [1], [1], [True, True, False])
 
 
 @pytest.mark.parametrize("kind", ["scale", "weight"])

@@ -87,6 +87,33 @@ def test_the_functions_export_with_three_spatial_dims() -> None:
         assert ours.stride() == eager.stride()
 
 
+class Depthwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, (3, 5), groups=C, stride=(1, 2), padding=(1, 2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        conv = self.conv
+        as_given = se_ext.depthwise_conv(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation)
+        same = se_ext.depthwise_conv(x, conv.weight, None, 2, "same")
+        return as_given, same, se_ext.depthwise_conv(x, conv.weight, None, 1, (1, 0, 3, 2))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+def test_depthwise_convolutions_of_any_padding(strict: bool) -> None:
+    """One node each, whose output's size follows from the input's."""
+    module = Depthwise().eval()
+    # Sizes from 3 on give more than one row and column, for which torch would write another program.
+    sizes = {0: Dim("n", min=1, max=64), 2: Dim("h", min=3, max=64), 3: Dim("w", min=3, max=64)}
+    program = export(module, (make_map((3, C, 6, 5), channels_last=True),), dynamic_shapes=(sizes,), strict=strict)
+    assert our_nodes(program) == ["se_ext.depthwise_conv.default"] * 3
+    for size in [(2, 9, 4), (7, 3, 12), (2, 4, 8)]:
+        x = make_map((size[0], C, *size[1:]), channels_last=True)
+        for ours, eager in zip(program.module()(x), module(x), strict=True):
+            assert torch.equal(ours, eager)
+            assert ours.stride() == eager.stride()
+
+
 def test_the_in_place_module_writes_into_its_input() -> None:
     module = SqueezeExcitation(C, M, inplace=True).eval()
     x = make_map((2, C, 5, 4))
@@ -129,8 +156,9 @@ LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
 
 
 ENDS = [
-    {"post_activation": "relu", "activation": "silu"},
+    {"post_activation": "relu", "activation": "silu", "stride": 2, "kernel": 5},
     {"post_activation": "identity", "residual": False, "convolutions": True, "biases": (False, False)},
+    {"kernel": 2, "stride": 2, "padding": (4, 2), "dilation": 2},
     {"post_activation": "silu", "pre_activation": "silu", "batch_statistics": False, "drop_scale": False},
 ]
 
@@ -159,8 +187,8 @@ def outputs(case: OpCase, given: dict[str, Any], recorded: bool) -> list[Row]:
 
 
 def is_refused(case: OpCase, layout: str) -> bool:
-    """An op does not write into elements that share memory."""
-    return case.writes == ("input",) and layout == "expanded"
+    """An op does not write into elements that share memory; a filter meets a point."""
+    return (case.writes == ("input",) and layout == "expanded") or (case.needs_points and layout == "no points")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

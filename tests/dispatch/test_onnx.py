@@ -160,6 +160,31 @@ def test_a_block_in_place_gives_its_output() -> None:
         assert_close(program(x)[0], network(x).double(), torch.float32, 9 * C)
 
 
+class Depthwise(nn.Module):
+    """With the padding whose zeros depend on the input's size at a stride of 2; and not, at a stride of 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 5, groups=C)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        weight, bias = self.conv.weight, self.conv.bias
+        paddings: list[Any] = ["same", "valid", 2, (2, 1), (1, 2, 4, 0)]
+        found = [se_ext.depthwise_conv(x, weight, bias, 2, padding) for padding in paddings]
+        return [*found, se_ext.depthwise_conv(x, weight, None, 1, "same", 2)]
+
+
+def test_depthwise_convolutions_with_dynamic_sizes() -> None:
+    module = Depthwise().eval()
+    dynamic = {0: Dim("n", min=1, max=64), 2: Dim("h", min=5, max=64), 3: Dim("w", min=5, max=64)}
+    program = export(module, (make_map((2, C, 12, 9)),), dynamic_shapes=(dynamic,))
+    assert_standard(program)
+    for size in [(2, C, 12, 9), (1, C, 11, 14)]:
+        x = make_map(size)
+        for ours, eager in zip(program(x), module(x), strict=True):
+            assert_close(ours, eager.detach().double(), torch.float32, 26)
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "seresnet50": lambda: random_statistics(se_ext.models.seresnet50(num_classes=10)),
     "efficientnet_b0": lambda: replace_blocks(timm_network("efficientnet_b0")),

@@ -205,6 +205,58 @@ def test_without_the_library_the_error_names_an_op(tmp_path: Path) -> None:
     assert "Unknown builtin op: se_ext::" in done.stderr
 
 
+# ---- the depthwise convolution, whose arguments have several types ----
+
+
+class Depthwise(nn.Module):
+    """The function with the attributes of torch's module: tuples, or the name of a padding."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        return se_ext.depthwise_conv(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation)
+
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": (lambda: nn.Conv1d(C, C, 5, 2, 2, groups=C), (2, C, 11)),
+    "2d": (lambda: nn.Conv2d(C, C, 3, (1, 2), (0, 1), (2, 1), groups=C, bias=False), (2, C, 9, 8)),
+    "2d same": (lambda: nn.Conv2d(C, C, 7, padding="same", groups=C), (2, C, 9, 8)),
+    "2d valid": (lambda: nn.Conv2d(C, C, 3, padding="valid", groups=C), (2, C, 9, 8)),
+    "3d": (lambda: nn.Conv3d(C, C, (2, 1, 3), (1, 2, 1), (1, 0, 2), groups=C), (2, C, 5, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_depthwise_convolution_scripts(name: str, tmp_path: Path) -> None:
+    make, shape = CONVOLUTIONS[name]
+    module, x = Depthwise(make()), make_map(shape)
+    scripted = torch.jit.script(module)
+    assert torch.equal(scripted(x), module(x))
+    assert_close(module(x).detach(), module.conv.double()(x.double()).detach(), torch.float32, 64)
+    module.conv.float()
+    assert all(torch.equal(a, b) for a, b in zip(gradients(scripted, (x,)), gradients(module, (x,)), strict=True))
+    assert str(scripted.inlined_graph).count("se_ext::depthwise_conv(") == 1
+    scripted.save(tmp_path / "module.pt")
+    y, *_ = run_in_a_fresh_process(tmp_path / "module.pt", (x, None))
+    assert torch.equal(y, module(x))
+
+
+def convolve_by_numbers(x: Tensor, weight: Tensor, zeros: int, each: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    one = se_ext.depthwise_conv(x, weight, stride=2, padding=zeros)
+    pairs = se_ext.depthwise_conv(x, weight, None, [1, 2], each, [1])
+    return one, pairs, torch.ops.se_ext.depthwise_conv(x, weight, None, 1, (zeros, 1))
+
+
+def test_a_script_takes_numbers_and_lists() -> None:
+    x, weight = make_map((2, C, 9, 8)), torch.randn(C, 1, 3, 3)
+    scripted = torch.jit.script(convolve_by_numbers)(x, weight, 1, [0, 1, 2, 1])
+    for ours, eager in zip(scripted, convolve_by_numbers(x, weight, 1, [0, 1, 2, 1]), strict=True):
+        assert torch.equal(ours, eager)
+
+
 # ---- between convolutions ----
 
 

@@ -98,6 +98,12 @@ FEWER: dict[str, dict[str, list[Any]]] = {
         **{"convolutions": [False], "layout": LAYOUTS[1:3]},
     },
     "_bn_activation_running": {"activation": WAYS, "layout": LAYOUTS[1:3]},
+    "depthwise_conv": {
+        "kernel": [3, 2],
+        "stride": [1, 2],
+        "padding": ["same", (2, 1)],
+        "layout": [*LAYOUTS[:3], LAYOUTS[4]],
+    },
 }
 FINITE = [
     pytest.param(case, in_small(options), id=f"{case}-{in_small(options)}")

@@ -48,8 +48,9 @@ def total(function: Callable[[], Any]) -> int:
 def test_every_op_is_known():
     names = torch._C._dispatch_get_all_op_names()
     ours = {name.removeprefix("se_ext::") for name in names if name.startswith("se_ext::")}
-    assert ours == set(_flops.COUNTED) | WITHOUT_FORMULA
-    assert not set(_flops.COUNTED) & WITHOUT_FORMULA
+    counted = {*_flops.COUNTED, *_flops.CONVOLUTIONS}
+    assert ours == counted | WITHOUT_FORMULA
+    assert not counted & WITHOUT_FORMULA
 
 
 # ---- the block against the plain one ----
@@ -138,6 +139,31 @@ def test_the_functions(shape, spatial):
     assert total(lambda: se_ext.excite(z.requires_grad_(), w1, b1, w2, b2).sum().backward()) == 2 * LAYERS
     assert total(lambda: se_ext.squeeze(x)) == 0
     assert total(lambda: se_ext.rescale(x.requires_grad_(), s, x).sum().backward()) == 0
+
+
+@pytest.mark.parametrize("width", [3, 4], ids=["ours", "ATen's"])
+@pytest.mark.parametrize("spatial", [(7,), (5, 8), (4, 3, 9)], ids=["1d", "2d", "3d"])
+def test_the_depthwise_convolution(spatial, width):
+    """As torch's own, forward and for the input's gradient. (torch counts the weights' as if every channel met all.)"""
+    dims = len(spatial)
+    x, w, b = make_map((N, C, *spatial)), torch.randn(C, 1, *(3, 3, width)[-dims:]), torch.randn(C)
+
+    def run(function: Callable[..., Tensor], **named: Any) -> Tensor:
+        return function(x, w, b, stride=2, padding=1, dilation=1, **named)
+
+    torchs = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[dims - 1]
+    forward = total(lambda: run(se_ext.depthwise_conv))
+    y = run(se_ext.depthwise_conv)
+    assert forward == total(lambda: run(torchs, groups=C)) == 2 * y.numel() * w[0].numel()
+    assert total(lambda: ops.depthwise_conv(weight=w, input=x, stride=2, padding=1)) == forward
+    for wanted, times in (([x], 1), ([w], 1), ([b], 0), ([w, b], 1), ([x, w, b], 2)):
+        for t in (x, w, b):
+            t.requires_grad_(any(t is leaf for leaf in wanted))
+        y = run(se_ext.depthwise_conv)
+        assert total(y.sum().backward) == times * forward
+    w.requires_grad_(False), b.requires_grad_(False)
+    y, theirs = run(se_ext.depthwise_conv), run(torchs, groups=C)
+    assert total(y.sum().backward) == total(theirs.sum().backward)
 
 
 def test_tables_name_the_ops_and_list_no_zeros():
