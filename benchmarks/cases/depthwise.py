@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import time
@@ -364,6 +365,9 @@ def work(
         for shape, size, where in itertools.product(blocks(), batch, layout)
         if shape.matches(text) and CONV_BLOCK in passes and "float32" in dtype
     ]
+    # Each row begins with a garbage collection. It takes longer than a small row, unless it leaves out what is here to
+    # stay: timm and torch.
+    gc.freeze()
     return Work([*alone, *with_block])
 
 
