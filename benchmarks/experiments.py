@@ -224,7 +224,7 @@ ALL = (
         question="what do the depthwise convolutions of five networks take, alone and with what follows them?",
         kind="depthwise",
         method=DEPTHWISE,
-        plan=Plan(rounds=11, block_ms=2.0, warmup_ms=2.0, lead_in_calls=1),
+        plan=Plan(rounds=15, block_ms=2.0, warmup_ms=2.0, lead_in_calls=1),
         axes={"dtype": ("float32", "bfloat16"), "batch": (8,), "layout": LAYOUTS, "passes": PASSES},
         keep_going=True,
     ),
