@@ -80,6 +80,13 @@ def test_the_blocks_are_efficientnet_s_with_the_width_of_their_se_block() -> Non
     assert found["1152x7x7-k5"] == (48, 3)
 
 
+def test_a_depthwise_convolution_has_a_filter_for_each_channel_and_several_channels() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(1, 1, 3)
+    )
+    assert [path for path, _ in depthwise_shapes.depthwise_layers(network)] == ["0"]
+
+
 @pytest.mark.parametrize("option", [{"kernel_size": (3, 5)}, {"kernel_size": 3, "dilation": 2}])
 def test_a_convolution_that_a_shape_cannot_say_is_an_error(option: dict[str, Any]) -> None:
     conv = nn.Conv2d(4, 4, groups=4, **option)
