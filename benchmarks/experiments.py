@@ -23,6 +23,9 @@ OWN_NETWORK = "seresnet50"  # se_ext.models has it
 NETWORK_NAMES = ("efficientnet_b0", "mobilenetv3_large_100", "regnety_008", OWN_NETWORK)
 VARIANTS = ("eager_conv", "eager_linear", "compile", "compile_linear")
 TAILS = ("bn_se_residual_relu", "bn_silu_se", "bias_silu_se")
+GRAD_INPUT, GRAD_WEIGHT = "grad_input", "grad_weight"
+CONV_BLOCK = "conv_bn_silu_se"  # forward + backward of these four layers
+PASSES = (INFERENCE, GRAD_INPUT, GRAD_WEIGHT, TRAIN, CONV_BLOCK)
 # The values that an axis can have; a batch is any whole number.
 CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("cpu", "cuda"),
@@ -30,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "environment": tuple(ENVIRONMENTS),
     "layout": LAYOUTS,
     "mode": MODES,
+    "passes": PASSES,
     "tail": TAILS,
     "variants": VARIANTS,
 }
@@ -80,6 +84,19 @@ CONVERTED = ROUNDS + (
     "logits (training: in float64, and the gradient of the images) of eager, and the compiled networks the logits of "
     "their eager form. peak_bytes is the most that tensors hold during a training step; conversion_s the seconds of "
     "the first call of se_ext.convert in the process."
+)
+DEPTHWISE = ROUNDS + (
+    "The depthwise convolutions are those of efficientnet_b0, mobilenetv3_large_100, mnasnet_100, convnext_tiny and "
+    "tf_efficientnet_b0 of timm at 224x224, each shape once. se_ext is the op depthwise_conv, eager_onednn ATen's "
+    "convolution, eager_native the same without oneDNN, timed only where a call takes less than three times as long "
+    "as with it. Where the padding is “same” and the stride 2, both are timm's Conv2dSame, which pads x and calls "
+    "ATen's convolution. compile is the same under torch.compile, which calls ATen's convolution too (NCHW: in "
+    "channels_last, between copies), so it is timed on three shapes only, as bfloat16 is. inference is a forward pass "
+    "without autograd; grad_input and grad_weight are autograd's backward alone, of a forward pass made before; train "
+    "is both, with all gradients. A multiplication and an addition count as two operations. conv_bn_silu_se is "
+    "forward + backward in training mode of the layers around SE in efficientnet_b0: eager has Conv2d, BatchNorm2d, "
+    "SiLU in place and timm's SqueezeExcite, se_ext depthwise_conv and BatchNormSqueezeExcitation. Before timing, "
+    "every variant matched the float64 formula on the same data; the four layers within 0.1 % of the largest value."
 )
 IMPORTS = (
     "Each import is timed in a fresh process that has imported torch before; one that is not counted comes first, and "
@@ -201,6 +218,15 @@ ALL = (
         method=AROUND,
         plan=Plan(rounds=8, block_ms=3.0, warmup_ms=5.0, lead_in_calls=1),
         axes={"tail": TAILS, "batch": (8,), "layout": LAYOUTS},
+    ),
+    Experiment(
+        name="depthwise",
+        question="what do the depthwise convolutions of five networks take, alone and with what follows them?",
+        kind="depthwise",
+        method=DEPTHWISE,
+        plan=Plan(rounds=15, block_ms=2.0, warmup_ms=2.0, lead_in_calls=1),
+        axes={"dtype": ("float32", "bfloat16"), "batch": (8,), "layout": LAYOUTS, "passes": PASSES},
+        keep_going=True,
     ),
     Experiment(
         name="networks",

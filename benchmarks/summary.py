@@ -100,6 +100,18 @@ def add_times(row: Row) -> Row:
     return row
 
 
+def add_speeds(row: Row) -> Row:
+    """Fills in what follows from the samples of a row that says how many floating-point operations its pass has, or
+    None: the time per variant, in clones, in operations per second, and the speedups."""
+    samples = {name: variant["samples_us"] for name, variant in add_times(row)["variants"].items()}
+    for name, variant in row["variants"].items():
+        variant["clone_equivalents"] = paired_ratio(samples[name], samples[YARDSTICK])["median"]
+        if row["operations"] is not None and name != YARDSTICK:
+            variant["gflop_per_s"] = row["operations"] / variant["time_us"]["median"] / 1e3
+    row["speedup"] = speedups(samples)
+    return row
+
+
 def add_costs(row: Row) -> Row:
     """Fills in what follows from the samples of a network's row: time per variant, and what its SE blocks cost.
 

@@ -26,9 +26,10 @@ from se_ext.conversion.measure import peak_bytes
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 importlib.import_module("torchvision_shim")
 
-import timm  # noqa: E402
+# Under their own names: whoever needs timm imports it from here.
+import timm as timm  # noqa: E402
 from timm.layers import SEModule  # noqa: E402
-from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
+from timm.models._efficientnet_blocks import SqueezeExcite as SqueezeExcite  # noqa: E402
 
 NAMES = ("seresnet50", "efficientnet_b0", "mobilenetv3_large_100", "regnety_008")
 WHAT = (("inference", 1), ("inference", 8), ("train", 8))

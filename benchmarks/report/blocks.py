@@ -54,9 +54,9 @@ def slow_rows(rows: Sequence[Row]) -> str:
     return "\n".join(["Rows below 1.0 (the better of the baselines is faster):", "", *map(against_the_better, slow)])
 
 
-def against_the_better(row: Row) -> str:
-    """The row's speedup over its hardest baseline, as an item of a list."""
-    better = row["speedup"]["better"]
+def against_the_better(row: Row, of: str = "better") -> str:
+    """The row's speedup over its hardest baseline, of all or of one of TITLES, as an item of a list."""
+    better = row["speedup"][of]
     return (
         f"- {row['name']}, {row['layout']}, {row['dtype']}, batch {row['batch']}, {MODES[row['mode']]}: "
         f"{better['median']:.2f} ({better['p10']:.2f} to {better['p90']:.2f}) over {better['baseline']}"

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-MODES = {"inference": "inference", "train": "forward + backward"}
+MODES = {
+    "inference": "inference",
+    "train": "forward + backward",
+    "grad_input": "gradient of the input",
+    "grad_weight": "gradient of the weights",
+}
 ABSENT = "–"
 
 

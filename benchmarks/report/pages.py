@@ -13,6 +13,7 @@ from benchmarks.report import targets
 from benchmarks.report.allocators import allocator_table, large_input_table
 from benchmarks.report.blocks import against_the_better, slow_rows, summary_table, workload_tables
 from benchmarks.report.converted import converted_table
+from benchmarks.report.depthwise import block_table, depthwise_table, every_convolution
 from benchmarks.report.gpu import every_row, gpu_parts, gpu_target_table
 from benchmarks.report.imports import import_lines
 from benchmarks.report.networks import fused_table, network_table
@@ -52,7 +53,7 @@ class Measured:
 
     def judged(self) -> dict[str, list[Row]]:
         """What the CPU's targets speak of."""
-        kinds = ("blocks", "networks", "allocators", "tails", "whole_networks", "converted", "imports")
+        kinds = ("blocks", "networks", "allocators", "tails", "whole_networks", "converted", "depthwise", "imports")
         return {kind: self.rows(kind, judged=True) for kind in kinds}
 
     @property
@@ -80,6 +81,7 @@ def summaries(measured: Measured) -> dict[str, list[str]]:
         "Converted networks": _if(measured.rows("converted"), converted_table),
         "The block by itself": _if(blocks, summary_table, slow_rows),
         "The block with what stands around it": _if(measured.rows("tails"), tail_table),
+        "Depthwise convolutions": _if(measured.rows("depthwise"), depthwise_table, block_table),
         "Time and memory of a training step": _if(networks, fused_table),
         "Large inputs": _if(measured.rows("allocators"), allocator_table),
         "The import": _if(measured.rows("imports"), import_lines),
@@ -199,7 +201,7 @@ def target_page(measured: Measured) -> list[str]:
         targets.cpu_table(measured.judged()),
     ]
     for target, below in targets.rows_below(measured.judged()):
-        lines = "\n".join(map(against_the_better, below)) or "None."
+        lines = "\n".join(against_the_better(row, target.baseline) for row in below) or "None."
         parts += [f"Rows below {target.required:g}, what every row must have: {len(below)}", lines]
     for target, networks in targets.networks_below(measured.judged()):
         lines = "\n".join(f"- {targets.network_line(found)}" for found in networks) or "None."
@@ -231,6 +233,11 @@ QUESTIONS = (
         "docs/results/tails.md",
         "What does an SE block take together with what stands around it?",
         lambda m: [*_if(m.rows("tails"), tail_table), *workload_tables(m.rows("tails"))],
+    ),
+    Page(
+        "docs/results/depthwise.md",
+        "What does a depthwise convolution take?",
+        lambda m: every_convolution(m.rows("depthwise")),
     ),
     Page(
         "docs/results/networks.md",

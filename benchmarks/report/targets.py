@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.experiments import INFERENCE, LAYOUTS, NETWORK_NAMES, OWN_NETWORK, TRAIN
+from benchmarks.experiments import GRAD_INPUT, GRAD_WEIGHT, INFERENCE, LAYOUTS, NETWORK_NAMES, OWN_NETWORK, TRAIN
 from benchmarks.measure import allocator
-from benchmarks.report import converted, whole_networks
+from benchmarks.report import converted, depthwise, whole_networks
 from benchmarks.report.blocks import TITLES
-from benchmarks.report.markdown import ABSENT, number, table
+from benchmarks.report.markdown import ABSENT, MODES, number, table
 from benchmarks.summary import (
     AS_IS,
     COMPILED,
@@ -89,6 +89,7 @@ class Target:
     aim: float
     find: Find
     combine: Callable[[Found], float] | None = geometric_mean
+    baseline: str = "better"  # of the speedups that a row has; where every row must reach a target, it is named
 
     @property
     def at_least(self) -> bool:
@@ -296,6 +297,17 @@ def tail(name: str) -> Find:
     return rows("tails", BETTER, tail=name, batch=8)
 
 
+def convolutions(*passes: str, kernel: int | None = None, is_block: bool = False, **wanted: Any) -> Find:
+    """The rows of depthwise convolutions in float32 at batch 8, of one kernel size or of all; alone, or with what
+    follows them."""
+
+    def wanted_too(row: Row) -> bool:
+        size = row["convolution"]["kernel"]
+        return row["mode"] in passes and (kernel or size) == size and depthwise.is_block(row) == is_block
+
+    return rows("depthwise", speedup("best_eager"), only=wanted_too, dtype="float32", batch=8, **wanted)
+
+
 BETTER = speedup("better")
 COMPILED_SPEEDUP, EAGER_SPEEDUP = users_speedup(COMPILED), users_speedup(EAGER)
 # Where every network must reach a target, the slowest one's mean over its batches is judged.
@@ -339,6 +351,13 @@ STEPS = {
     ("seresnet50", "nhwc"): (1.15, 1.25),
     ("seresnet50", "nchw"): (1.15, 1.25),
 }
+# The same where convert takes the depthwise convolutions too.
+STEPS_WITH_CONVOLUTIONS = {
+    ("efficientnet_b0", "nhwc"): (1.45, 1.8),
+    ("efficientnet_b0", "nchw"): (1.8, 2.3),
+    ("mobilenetv3_large_100", "nhwc"): (1.3, 1.5),
+    ("mobilenetv3_large_100", "nchw"): (1.4, 1.8),
+}
 CONVERTED_NETWORKS = (
     *(
         Target(
@@ -347,6 +366,14 @@ CONVERTED_NETWORKS = (
             converted_networks(users_speedup(EAGER, CONVERTED), (name,), (layout,), mode=TRAIN),
         )
         for (name, layout), goals in STEPS.items()
+    ),
+    *(
+        Target(
+            f"converted {name}, {layout}, depthwise convolutions too: training step, over the plain network's",
+            *goals,
+            converted_networks(users_speedup(EAGER, CONVERTED), (name,), (layout,), mode=TRAIN),
+        )
+        for (name, layout), goals in STEPS_WITH_CONVOLUTIONS.items()
     ),
     Target(
         "converted efficientnet_b0: peak memory of the training step, over the plain network's",
@@ -369,6 +396,48 @@ CONVERTED_NETWORKS = (
         slowest_row,
     ),
     Target("conversion of seresnet50, in s", 1, 0.2, converted_networks(conversion_s, (OWN_NETWORK,))),
+)
+# Pass, layout: required and aimed at, over all kernel sizes. Pass, kernel size: the same, in both layouts.
+BY_LAYOUT = {
+    (INFERENCE, "nhwc"): (1.0, 1.3),
+    (INFERENCE, "nchw"): (1.5, 2.5),
+    (GRAD_INPUT, "nhwc"): (1.0, 1.5),
+    (GRAD_INPUT, "nchw"): (1.3, 2.5),
+    (TRAIN, "nhwc"): (1.8, 2.5),
+    (TRAIN, "nchw"): (3, 6),
+}
+BY_KERNEL = {5: (3, 6), 3: (1, 1.5), 7: (2, 4)}
+DEPTHWISE = (
+    *(
+        Target(
+            f"depthwise convolution, {layout}: {MODES[what]}, over ATen's better form",
+            *goals,
+            convolutions(what, layout=layout),
+        )
+        for (what, layout), goals in BY_LAYOUT.items()
+    ),
+    *(
+        Target(
+            f"depthwise convolution, {size}x{size}: {MODES[GRAD_WEIGHT]}, over ATen's better form",
+            *goals,
+            convolutions(GRAD_WEIGHT, kernel=size),
+        )
+        for size, goals in BY_KERNEL.items()
+    ),
+    Target(
+        "depthwise convolution, inference or one gradient, over ATen's better form: worst single row",
+        0.95,
+        1.1,
+        convolutions(INFERENCE, GRAD_INPUT, GRAD_WEIGHT),
+        WORST,
+        "best_eager",
+    ),
+    Target(
+        "depthwise convolution + batch norm + SiLU + SE, forward + backward, over eager",
+        2.5,
+        4,
+        convolutions(TRAIN, is_block=True),
+    ),
 )
 IN_PLACE = rows("allocators", speedup("best_eager", "speedup_inplace"), environment=allocator.DEFAULT)
 LARGE_IN_CLONES = block_rows(clones, 8, 32, only=lambda row: slab_values(row) >= LARGE_SLAB_VALUES)
@@ -393,6 +462,7 @@ CPU = (
     Target("peak memory of that step, over timm's", 0.85, 0.7, rows("networks", step_memory)),
     *USERS,
     *CONVERTED_NETWORKS,
+    *DEPTHWISE,
     Target("import of se_ext after torch, in ms", 30, 10, rows("imports", import_ms)),
 )
 

@@ -214,6 +214,34 @@ def test_each_training_step_has_its_target(name: str, layout: str, required: str
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "layout", "required", "aim"),
+    [
+        ("efficientnet_b0", "nhwc", "1.45", "1.8"),
+        ("efficientnet_b0", "nchw", "1.8", "2.3"),
+        ("mobilenetv3_large_100", "nhwc", "1.3", "1.5"),
+        ("mobilenetv3_large_100", "nchw", "1.4", "1.8"),
+    ],
+)
+def test_two_networks_have_a_target_with_their_depthwise_convolutions(
+    name: str, layout: str, required: str, aim: str
+) -> None:
+    rows = [
+        made_up(name, layout, eager=160.0, eager_converted=100.0),
+        made_up(name, {"nhwc": "nchw", "nchw": "nhwc"}[layout], eager=900.0, eager_converted=80.0),
+        made_up(name, layout, "inference", eager=900.0, eager_converted=80.0),
+    ]
+    reached = "✗ **missed**" if float(required) > 1.6 else "✓ aim reached" if float(aim) <= 1.6 else "✓ met"
+    assert verdict(f"converted {name}, {layout}, depthwise convolutions too: training step", *rows) == [
+        f"≥ {required}",
+        f"≥ {aim}",
+        "1.60",
+        "1.60",
+        "1",
+        reached,
+    ]
+
+
 def test_the_memory_is_efficientnet_s_in_both_layouts() -> None:
     rows = [made_up("efficientnet_b0", layout, eager=1.0, eager_converted=1.0) for layout in ("nhwc", "nchw")]
     start = "converted efficientnet_b0: peak memory"

@@ -194,7 +194,7 @@ def line(measured: targets.Measured, start: str) -> list[str]:
 
 def test_every_target_is_in_the_table_and_none_is_met_unmeasured() -> None:
     lines = targets.cpu_table({}).splitlines()[4:]
-    assert len(lines) == len(targets.CPU) == 33
+    assert len(lines) == len(targets.CPU) == 48
     assert all(line.endswith("| – | – | – | not measured |") for line in lines)
 
 
@@ -220,7 +220,7 @@ def test_the_worst_row_and_what_is_missing() -> None:
     assert (
         line({"blocks": rows[:1]}, "… worst single row")[-1] == "✓ aim reached so far (not measured: batch 1, batch 32)"
     )
-    (target, below), (_, below_training) = targets.rows_below({"blocks": rows})
+    (target, below), (_, below_training), _ = targets.rows_below({"blocks": rows})
     assert (target.required, below, below_training) == (1.1, rows[1:], [])
 
 
@@ -357,7 +357,11 @@ def all_kinds(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     slow = compiled_row(90.0, 100.0, 80.0, batch=1)
     imported = summary.add_times({"name": "se_ext", "variants": {"import": {"samples_us": [12e3]}}})
     converted = network_row(eager=[9e5], eager_converted=[6e5])
+    depthwise = block_row({"clone": [5.0] * 2, "eager_onednn": [9.0] * 2, "compile": [1.0] * 2, "se_ext": [10.0] * 2})
+    convolution = {"kernel": 5, "uses": [{"model": "net", "module": "Conv2d", "count": 2}]}
+    depthwise |= {"name": "48x9x9-k5", "mode": "grad_input", "operations": 40_000, "convolution": convolution}
     return {
+        "depthwise.json": {**results, "kind": "depthwise", "rows": [summary.add_speeds(depthwise)]},
         "converted.json": {**results, "kind": "converted", "rows": [{**converted, "conversion_s": 0.1}]},
         "networks.json": {**results, "kind": "networks", "rows": [summary.add_costs({**costs, "mode": "inference"})]},
         "blocks.json": {**results, "rows": [block(3.0), block(1.05, layout="nhwc")]},
@@ -405,6 +409,8 @@ def test_every_question_has_its_page(results: dict[str, Any], tmp_path: Path) ->
             "seresnet50 nhwc train 8: BrokenProcessPool: a process.",
             "| seresnet50 | inference | 1 | 224×224 | 80.0 | 10.0 | 20.0 | – | 2.00 |",
             "- `se_ext`: 12.0 (12.0 to 12.0) ms",
+            "## Depthwise convolutions",
+            "| gradient of the input | float32 | 5×5 | 1 | 0.90 / 0.90 / 0.90 / 0.90 | 2.00 | 4.0 | 0 |",
             "## Converted networks",
             "| net | training step | 8 | nhwc | 900.0 → 600.0 | 1.50 (1.50 to 1.50) | – | – | – | – | 100 |",
             "(results/inference.md)",
@@ -415,10 +421,13 @@ def test_every_question_has_its_page(results: dict[str, Any], tmp_path: Path) ->
             "| what SE costs in a network, over what it costs as it is | ≤ 0.5 | ≤ 0.3 | 0.20 | 0.20 | 1 | ✓ aim",
             "Networks below 1 of the target “compiled inference, batch 1 and 8, over the plain network compiled, every "
             "network”: 1\n\n- seresnet50: 0.90 (batch 1: 90.0 ms, 100.0 ms with se_ext, 80.0 ms without SE)",
+            "every row must have: 1\n\n- 48x9x9-k5, nchw, float32, batch 8, gradient of the input: 0.90 (0.90 to 0.90) "
+            "over eager_onednn",
             "not measured: no GPU",
         ],
         "docs/gpu.md": ["not measured: no GPU", "After."],
         "docs/results/inference.md": ["| 256x56x56 | net ×3 | nhwc |"],
+        "docs/results/depthwise.md": ["| 48x9x9-k5 | net ×2 | nchw | 5.0 | 9.0 | 1.0 | 10.0 |"],
         "docs/results/networks.md": [
             "| net | inference | 8 | nhwc | 9.0 | 4.0 | 5.0 (5.0 to 5.0) | 1.0 (1.0 to 1.0) |"
         ],
