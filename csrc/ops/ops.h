@@ -275,8 +275,7 @@ struct DepthwiseConvRecording
 
 // The lists that keys/ registers from.
 inline constexpr std::tuple functional{squeeze,           excite,         rescale,       squeeze_excite,
-inline constexpr std::tuple functional{squeeze,           excite,         rescale,       squeeze_excite,
-                                      bn_squeeze_excite, _bn_activation, depthwise_conv};
+                                       bn_squeeze_excite, _bn_activation, depthwise_conv};
 inline constexpr std::tuple in_place{rescale_, squeeze_excite_, _bn_squeeze_excite_, _bn_activation_};
 inline constexpr std::tuple<ExciteRecording, RescaleRecording, SqueezeExciteRecording, BnSqueezeExciteRecording,
                             BnActivationRecording, DepthwiseConvRecording>
