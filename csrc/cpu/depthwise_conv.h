@@ -80,6 +80,7 @@ class Filters {
       kernels.to_blocks(C, 1, 1, lanes, bias_.data_ptr(), bias_at_.base);
     }
     if (!turned) return;
+    // Of each row the taps that are a multiple of the stride, the last one first, and then those that follow them.
     at_ = scratch.take(work_.blocks * taps * lanes);
     const Convolution::Dim& w = work_.conv.width;
     std::int64_t to = 0;

@@ -237,13 +237,7 @@ Gradients<3> Backend<Cpu>::depthwise_conv_backward(const ops::DepthwiseConvBackw
   const Convolution conv(f);
   if (!has_kernels(conv)) return formula::native_convolution_backward(a);
   const auto to = empty_gradients(f, a.mask);
-  if (a.grad_output.numel() == 0) {
-    for (const Tensor& gradient : to) {
-      if (gradient.defined()) gradient.zero_();
-    }
-  } else {
-    backward(Work(conv, f.input, FeatureMap(f.input).in_my_layout(a.grad_output)), f, to);
-  }
+  backward(Work(conv, f.input, FeatureMap(f.input).in_my_layout(a.grad_output)), f, to);
   return to;
 }
 

@@ -66,10 +66,11 @@ std::array<Tensor, 3> convolution_backward(const ops::DepthwiseConvBackward& a, 
   auto [input, weight, bias_gradient] =
       at::convolution_backward_symint(a.grad_output.to(type), c.input, c.weight, bias, c.stride, c.padding, c.dilation,
                                       /*transposed=*/false, c.none, c.channels, a.mask);
-  const auto in_type_of = [](const Tensor& grad, at::ScalarType to) { return grad.defined() ? grad.to(to) : grad; };
-  const at::ScalarType weights = f.weight.scalar_type();
-  return {in_type_of(c.without_added(input), f.input.scalar_type()), in_type_of(weight, weights),
-          in_type_of(bias_gradient, weights)};
+  // Of what ATen gives, what was asked for.
+  const auto wanted = [&](std::size_t i, const Tensor& grad, const Tensor& of) {
+    return a.mask[i] && grad.defined() ? grad.to(of.scalar_type()) : Tensor();
+  };
+  return {wanted(0, c.without_added(input), f.input), wanted(1, weight, f.weight), wanted(2, bias_gradient, f.weight)};
 }
 
 // With the strides of a fresh tensor (one of no memory), which the fake kernels promise: where a dim has one point or
@@ -79,6 +80,11 @@ Tensor as_fresh(const Tensor& t, const Tensor& fresh) {
   return at::empty_strided(t.sizes(), fresh.strides(), t.options()).copy_(t);
 }
 
+// The type to compute in. On the CPU ATen sums half types in themselves.
+at::ScalarType summed_type(const Tensor& input) {
+  return input.is_cpu() ? accumulation_type(input.scalar_type()) : input.scalar_type();
+}
+
 at::TensorOptions without_memory(const Tensor& t) {
   return t.options().device(at::kMeta);
 }
@@ -86,13 +92,13 @@ at::TensorOptions without_memory(const Tensor& t) {
 }  // namespace
 
 Tensor native_convolution(const ops::DepthwiseConv& a) {
-  const Tensor y = convolution(a, a.input.scalar_type());
+  const Tensor y = convolution(a, summed_type(a.input)).to(a.input.scalar_type());
   return as_fresh(y, empty_map_of(y.sym_sizes(), a.input, without_memory(y)));
 }
 
 std::array<Tensor, 3> native_convolution_backward(const ops::DepthwiseConvBackward& a) {
   const Tensor& input = a.forward.input;
-  auto [of_input, of_weight, of_bias] = convolution_backward(a, input.scalar_type());
+  auto [of_input, of_weight, of_bias] = convolution_backward(a, summed_type(input));
   if (of_input.defined()) of_input = as_fresh(of_input, empty_map_like(input, without_memory(input)));
   if (of_weight.defined()) of_weight = as_fresh(of_weight, at::empty(of_weight.sizes(), without_memory(of_weight)));
   return {of_input, of_weight, of_bias};

@@ -212,21 +212,26 @@ struct Adapters {
   static Tensor depthwise_conv(const ops::DepthwiseConv& a) {
     a.check();
     const Guard guard(a.input);
+    const auto sizes = convolved_sizes(a);
     if constexpr (runs) {
-      return Run::depthwise_conv(a);
-    } else {
-      return empty_map_of(convolved_sizes(a), a.input);
+      if (c10::multiply_integers(sizes) != 0) return Run::depthwise_conv(a);
     }
+    return empty_map_of(sizes, a.input);
   }
 
   static auto depthwise_conv_backward(const ops::DepthwiseConvBackward& a) {
     a.check();
     const Guard guard(a.forward.input);
     if constexpr (runs) {
-      return std::tuple_cat(Run::depthwise_conv_backward(a));
-    } else {
-      return std::tuple_cat(empty_gradients(a.forward, a.mask));
+      if (a.grad_output.numel() > 0) return std::tuple_cat(Run::depthwise_conv_backward(a));
     }
+    const auto gradients = empty_gradients(a.forward, a.mask);
+    if constexpr (runs) {
+      for (const Tensor& gradient : gradients) {  // sums over nothing
+        if (gradient.defined()) gradient.zero_();
+      }
+    }
+    return std::tuple_cat(gradients);
   }
 
   static void register_all(torch::Library& m) {

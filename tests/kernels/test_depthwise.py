@@ -151,6 +151,7 @@ def test_bits_do_not_depend_on_the_threads(shape, kernel, stride, channels_last,
         assert_same_bits(CASE.step(arguments, grad), expected, f"{threads} threads")
 
 
+@pytest.mark.cpu_only
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_of_a_sample_do_not_depend_on_its_batch(dtype, channels_last) -> None:
