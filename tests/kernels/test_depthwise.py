@@ -133,6 +133,37 @@ def test_arguments_of_any_strides(channels_last: bool) -> None:
         CASE.check(options, made, grad)
 
 
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (4, 1, 1), (3, 3, 1), (3, 1, 2)])
+def test_gradients_that_are_not_asked_for_are_absent(kernel: int, stride: int, dilation: int) -> None:
+    """ATen gives some of them."""
+    case, options = BY_NAME["_depthwise_conv_backward"], {"kernel": kernel, "stride": stride, "dilation": dilation}
+    arguments = case.make(Options(**options))
+    everything = case.run(arguments)
+    for mask in product((False, True), repeat=3):
+        found = case.run(arguments | {"mask": list(mask)})
+        assert [t is not None for t in found] == list(mask)
+        for ours, expected in zip(found, everything, strict=True):
+            if ours is not None:
+                assert_close(ours, expected.double(), torch.float32, 200)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [3, 4], ids=["ours", "ATen's"])
+def test_float32_filters_get_float32_gradients(kernel: int, dtype: torch.dtype) -> None:
+    """Sums that pass the largest float16 number, of values near 1, right to float32's rounding."""
+    arguments = CASE.make(Options((2, 3, 230, 240), 1, dtype, torch.float32, kernel=kernel, requires_grad=True))
+    arguments["input"] = (torch.rand(2, 3, 230, 240) + 0.5).to(dtype)
+    y, exact_arguments = CASE.run(arguments)[0], in_float64(arguments)
+    grad = (torch.rand(y.shape) + 0.5).to(dtype)
+    names = ("weight", "bias")
+    found = torch.autograd.grad(y, [arguments[k] for k in names], grad)
+    exact = torch.autograd.grad(CASE.exact(exact_arguments)[0], [exact_arguments[k] for k in names], grad.double())
+    for ours, theirs in zip(found, exact, strict=True):
+        assert theirs.abs().max() > torch.finfo(torch.float16).max
+        assert_close(ours, theirs, torch.float32, grad.numel())
+
+
 # ---- bits ----
 
 
