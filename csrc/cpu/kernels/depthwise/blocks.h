@@ -44,7 +44,8 @@ SE_EXT_INLINE void square_from_block(int live, std::int64_t plane, const acc_t<T
 // f(channel, live) for each block.
 template <class A, class F>
 SE_EXT_INLINE void for_blocks(std::int64_t channels, F&& f) {
-  for (std::int64_t c = 0; c < channels; c += kLanes<A>) f(c, static_cast<int>(min_of<std::int64_t>(channels - c, kLanes<A>)));
+  for (std::int64_t c = 0; c < channels; c += kLanes<A>)
+    f(c, static_cast<int>(min_of<std::int64_t>(channels - c, kLanes<A>)));
 }
 
 template <class T>
@@ -66,8 +67,8 @@ void to_blocks(std::int64_t channels, std::int64_t points, std::int64_t plane, s
 }
 
 template <class T>
-void from_blocks(std::int64_t channels, std::int64_t points, std::int64_t plane, std::int64_t block,
-                 const void* blocks, void* planes) {
+void from_blocks(std::int64_t channels, std::int64_t points, std::int64_t plane, std::int64_t block, const void* blocks,
+                 void* planes) {
   using A = acc_t<T>;
   constexpr int n = kLanes<A>;
   for_blocks<A>(channels, [&](std::int64_t c, int live) {

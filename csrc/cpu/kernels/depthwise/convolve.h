@@ -2,8 +2,9 @@
 // round (of stride 1 onto every stride-th column, once for each of these).
 //
 // A tile of outputs is kept in registers, one register of channels each, through all rows of the filter. A column of x
-// is loaded once per row and meets every tap: T + taps - 1 loads for T · taps multiplications at stride 1, beside `taps`
-// loads of weights. Two loads and two multiplications a cycle make the multiplications the limit from three taps on.
+// is loaded once per row and meets every tap: T + taps - 1 loads for T · taps multiplications at stride 1, beside
+// `taps` loads of weights. Two loads and two multiplications a cycle make the multiplications the limit from three taps
+// on.
 #pragma once
 
 #include "../vec.h"

@@ -1,9 +1,9 @@
 // The gradient of a depthwise convolution's weights: for each channel and tap, a sum over all points of the batch.
 //
 // The sums of some rows of the filter stay in registers, a register of channels each, while a tile of g that is in
-// registers too meets the columns of x: a column is loaded once and meets every tap. 5 × 5 sums and four of g fit the 32
-// registers of AVX-512; with 16, as many rows of the filter as fit are taken at a time, and g and x are read again from
-// the first-level cache. A sum runs over the points of a sample in their order.
+// registers too meets the columns of x: a column is loaded once and meets every tap. 5 × 5 sums and four of g fit the
+// 32 registers of AVX-512; with 16, as many rows of the filter as fit are taken at a time, and g and x are read again
+// from the first-level cache. A sum runs over the points of a sample in their order.
 #pragma once
 
 #include "../vec.h"
@@ -19,13 +19,13 @@ inline constexpr int kRegisters = 16;
 inline constexpr int kGradientTile = 4;  // columns of g in registers
 
 template <int kTaps>
-inline constexpr int kRowsAtOnce = kTaps * kTaps + kGradientTile < kRegisters ? kTaps
-                                                                              : (kRegisters - kGradientTile - 1) / kTaps;
+inline constexpr int kRowsAtOnce =
+    kTaps * kTaps + kGradientTile < kRegisters ? kTaps : (kRegisters - kGradientTile - 1) / kTaps;
 
 template <class T, int kTaps, int kStride, int kRows, bool kInside, class L>
 SE_EXT_INLINE void add_tile(Vec<acc_t<T>> (&sums)[kRows][kTaps], const Vec<acc_t<T>> (&g)[kGradientTile],
-                            const GradientRows& p, const void* const* rows, std::int64_t first, int used, std::int64_t c,
-                            L lanes) {
+                            const GradientRows& p, const void* const* rows, std::int64_t first, int used,
+                            std::int64_t c, L lanes) {
   using V = Vec<acc_t<T>>;
   constexpr int kColumns = (kGradientTile - 1) * kStride + kTaps;
 #pragma GCC unroll 8

@@ -20,32 +20,33 @@ struct ConvolvedRow {
 struct ConvolveRow {
   std::int64_t channels;
   std::int64_t columns;
-  std::int64_t width;    // of x
-  std::int64_t first;    // column of x
-  std::int64_t x_step;   // elements from a point to the next
+  std::int64_t width;   // of x
+  std::int64_t first;   // column of x
+  std::int64_t x_step;  // elements from a point to the next
   std::int64_t y_step;
-  std::int64_t block;    // values of w from a block of channels to the next
+  std::int64_t block;  // values of w from a block of channels to the next
   const ConvolvedRow* rows;
-  int count;             // of rows
-  const void* bias;      // [blocks][lanes]; null: 0
+  int count;         // of rows
+  const void* bias;  // [blocks][lanes]; null: 0
   void* y;
 };
 
-// A row of g, the output's gradient, beside the rows of x that it has met: gw[r][k] += Σ_j g[j] ⊙ x_r[first + j · stride
+// A row of g, the output's gradient, beside the rows of x that it has met: gw[r][k] += Σ_j g[j] ⊙ x_r[first + j ·
+// stride
 // + k], for some rows of the filter, r.
 struct GradientRows {
   std::int64_t channels;
   std::int64_t columns;  // of g
   std::int64_t width;    // of x
   std::int64_t first;
-  std::int64_t step;      // elements from a point to the next, in g and x
-  std::int64_t g_row;     // elements from a row of g to the next
-  std::int64_t block;     // values of gw from a block of channels to the next
-  int count;              // of rows of g
+  std::int64_t step;   // elements from a point to the next, in g and x
+  std::int64_t g_row;  // elements from a row of g to the next
+  std::int64_t block;  // values of gw from a block of channels to the next
+  int count;           // of rows of g
   const void* g;
-  const void* const* x;   // [count][rows of the filter]; null where the row lies outside
-  void* gw;               // [rows of the filter][taps of a row][lanes], of the first block
-  void* gb;               // [lanes], of the first block, += Σ_j g[j]; null: not wanted
+  const void* const* x;  // [count][rows of the filter]; null where the row lies outside
+  void* gw;              // [rows of the filter][taps of a row][lanes], of the first block
+  void* gb;              // [lanes], of the first block, += Σ_j g[j]; null: not wanted
 };
 
 struct DepthwiseKernels {
