@@ -12,6 +12,7 @@ import torch
 from helpers import MODES, PARTIAL_OVERLAP, device, make_map, make_weights, tensors_of
 from ops import CASES, OpCase, Options
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import se_ext
 
@@ -103,6 +104,20 @@ def evaluate(op: str, training: bool, weight: Any, bias: Any, dtype: torch.dtype
     if op == "bn_activation":
         return OPS._bn_activation_running(x, weight, bias, mean, var, None, training, 0.1, 1e-5, "relu")
     return se_ext.bn_squeeze_excite(x, weight, bias, mean, var, *make_weights(C, M), training=training)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_fake_map_beside_real_vectors(in_place: bool) -> None:
+    """What is folded is fake too: it has no memory to compute in."""
+    vectors = [torch.ones(C) for _ in range(4)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(N, C, 4, 4)
+        if in_place:
+            assert OPS._bn_activation_running_(x, *vectors, 1e-5, "relu") is None
+        else:
+            y = OPS._bn_activation_running(x, *vectors, None, False, 0.1, 1e-5, "relu")
+            assert type(y) is FakeTensor
+            assert y.shape == x.shape
 
 
 BAD_VECTORS = {

@@ -332,6 +332,15 @@ def test_in_place_on_strides(name):
         assert torch.equal(base, before)
 
 
+@pytest.mark.parametrize("name", ["H and W swapped", "every second column", "inner channels, channels_last"])
+@pytest.mark.parametrize("pre_activation", ["identity", "relu", "silu"])
+def test_in_place_on_strides_behind_a_batch_norm(pre_activation, name):
+    case = BY_NAME["_bn_squeeze_excite_"]
+    original = STRIDED[name]().detach()
+    options = Options(tuple(original.shape), M, pre_activation=pre_activation, maps=lambda: STRIDED[name]().detach())
+    case.check(options)
+
+
 @pytest.mark.parametrize(
     ("shape", "channels_last"),
     [
