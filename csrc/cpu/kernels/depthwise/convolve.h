@@ -4,13 +4,21 @@
 // A tile of outputs is kept in registers, one register of channels each, through all rows of the filter. A column of x
 // is loaded once per row and meets every tap: T + taps - 1 loads for T · taps multiplications at stride 1, beside
 // `taps` loads of weights. Two loads and two multiplications a cycle make the multiplications the limit from three taps
-// on.
+// on. The columns of the next tile are asked for meanwhile: points lie `channels` apart, and the processor by itself
+// asks too late.
 #pragma once
 
 #include "../vec.h"
 #include "kernels.h"
 
 namespace se_ext::cpu::SE_EXT_ISA {
+
+// Asks for a value that may lie behind the map's end: no pointer is formed that leaves it, and nothing is read.
+template <class T>
+SE_EXT_INLINE void prefetch(const T* x, std::int64_t at) {
+  const auto address = reinterpret_cast<std::uintptr_t>(x) + static_cast<std::uintptr_t>(at) * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
+}
 
 // The outputs [column, column + kTile) of the channels [c, c + lanes). kInside: all of them exist and read columns that
 // exist; else `outputs` of them, and the columns of x that `inside` has a bit for.
@@ -37,6 +45,7 @@ SE_EXT_INLINE void convolve_tile(const ConvolveRow& p, std::int64_t c, std::int6
     for (int q = 0; q < kColumns; ++q) {
       if (!kInside && !(inside >> q & 1)) continue;
       const V v = load(x + (at + q * p.x_step), lanes);
+      if (kInside && q >= kTaps - kStride) prefetch(x, at + (q + kTile * kStride) * p.x_step);
 #pragma GCC unroll 16
       for (int k = 0; k < kTaps; ++k) {
         const int j = (q - k) / kStride;
