@@ -80,7 +80,7 @@ Tensor Backend<Cpu>::depthwise_conv(const ops::DepthwiseConv& a) {
   using namespace cpu;
   const Convolution conv(a);
   if (!has_kernels(conv)) return formula::native_convolution(a);
-  Tensor y = empty_map_of(convolved_sizes(a), a.input);
+  Tensor y = empty_convolved(a);
   forward(Work(conv, a.input, y), a);
   return y;
 }

@@ -93,7 +93,7 @@ at::TensorOptions without_memory(const Tensor& t) {
 
 Tensor native_convolution(const ops::DepthwiseConv& a) {
   const Tensor y = convolution(a, summed_type(a.input)).to(a.input.scalar_type());
-  return as_fresh(y, empty_map_of(y.sym_sizes(), a.input, without_memory(y)));
+  return as_fresh(y, empty_convolved(a, without_memory(y)));
 }
 
 std::array<Tensor, 3> native_convolution_backward(const ops::DepthwiseConvBackward& a) {

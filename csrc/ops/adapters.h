@@ -216,7 +216,7 @@ struct Adapters {
     if constexpr (runs) {
       if (c10::multiply_integers(sizes) != 0) return Run::depthwise_conv(a);
     }
-    return empty_map_of(sizes, a.input);
+    return empty_convolved(a);
   }
 
   static auto depthwise_conv_backward(const ops::DepthwiseConvBackward& a) {

@@ -32,25 +32,6 @@ inline at::MemoryFormat native_format(const at::Tensor& t) {
   return t.is_contiguous() ? at::MemoryFormat::Contiguous : t.suggest_memory_format();
 }
 
-// Whether the sizes are those of the map, as far as a compiler knows without asking.
-inline bool has_sizes(const at::Tensor& t, c10::SymIntArrayRef sizes) {
-  const c10::SymIntArrayRef own = t.sym_sizes();
-  for (std::size_t d = 0; d < own.size(); ++d) {
-    if (!own[d].sym_eq(sizes[d]).guard_or_false(__FILE__, __LINE__)) return false;
-  }
-  return true;
-}
-
-// An uninitialised tensor of as many sizes, in the map's dtype and memory format. Where the sizes leave the format
-// open, it has the strides of the map, if their sizes are the same.
-inline at::Tensor empty_map_of(c10::SymIntArrayRef sizes, const at::Tensor& t, const at::TensorOptions& options) {
-  if (has_sizes(t, sizes)) return empty_map_like(t, options);
-  return at::empty_symint(sizes, options, native_format(t));
-}
-inline at::Tensor empty_map_of(c10::SymIntArrayRef sizes, const at::Tensor& t) {
-  return empty_map_of(sizes, t, t.options());
-}
-
 // The type that a map of this type is summed in, and that its excitation runs in.
 inline at::ScalarType accumulation_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;

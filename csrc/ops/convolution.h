@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include "allocate.h"
 #include "ops.h"
 
 namespace se_ext {
@@ -49,6 +50,25 @@ inline c10::SmallVector<c10::SymInt, 5> convolved_sizes(const ops::DepthwiseConv
   c10::SmallVector<c10::SymInt, 5> sizes{a.input.sym_size(0), a.input.sym_size(1)};
   for (ConvolvedDim& d : convolved_dims(a)) sizes.push_back(std::move(d.out));
   return sizes;
+}
+
+// Whether the output has the input's sizes, whatever these are: a compiler need not prove anything of them.
+inline bool keeps_sizes(const ops::DepthwiseConv& a) {
+  for (const ConvolvedDim& d : convolved_dims(a)) {
+    if (d.stride != 1) return false;
+    if (!a.padding.empty() && d.begin + d.end != d.reach() - 1) return false;
+  }
+  return true;
+}
+
+// An uninitialised output in the input's memory format. Where the sizes leave the format open, it has the strides of
+// the input, if it keeps the sizes.
+inline Tensor empty_convolved(const ops::DepthwiseConv& a, const at::TensorOptions& options) {
+  if (keeps_sizes(a)) return empty_map_like(a.input, options);
+  return at::empty_symint(convolved_sizes(a), options, native_format(a.input));
+}
+inline Tensor empty_convolved(const ops::DepthwiseConv& a) {
+  return empty_convolved(a, a.input.options());
 }
 
 }  // namespace se_ext
