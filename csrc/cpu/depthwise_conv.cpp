@@ -29,7 +29,7 @@ void forward(const Work& work, const ops::DepthwiseConv& a) {
   Bands bands;
   std::int64_t x_items = 0, y_items = 0;  // of a thread
   if (!work.is_channels_last()) {
-    conv.for_output_bands(rows_of_band(work, work.lanes, filters.item_bytes()), bands);
+    conv.for_output_bands(rows_of_band(work, work.lanes, work.sum_bytes()), bands);
     x_items = bands.most_others * conv.width.in * work.lanes;
     y_items = bands.most_rows * conv.width.out * work.lanes;
   }

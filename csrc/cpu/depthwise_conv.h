@@ -17,14 +17,11 @@
 #include "isa.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "tiling.h"
 
 namespace se_ext::cpu {
 
 inline constexpr std::int64_t kBandBytes = 192 * 1024;  // of rows that are read more than once: in the second cache
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Whether the kernels compute it, in time that is worth it; else ATen does.
 inline bool has_kernels(const Convolution& conv) {
@@ -36,6 +33,7 @@ inline bool has_kernels(const Convolution& conv) {
 struct Work {
   const Convolution& conv;
   const FeatureMap x, y;                // y, or its gradient
+  const DType sum_type;                 // the accumulation type
   const DepthwiseKernels& stored;       // on maps as they are
   const DepthwiseKernels& accumulated;  // on blocks, in the accumulation type
   const std::int64_t channels, lanes, blocks, taps;
@@ -44,13 +42,15 @@ struct Work {
       : conv(c),
         x(input),
         y(output),
+        sum_type(x.dtype == DType::Float64 ? DType::Float64 : DType::Float32),
         stored(depthwise_kernels(x.dtype)),
-        accumulated(depthwise_kernels(x.dtype == DType::Float64 ? DType::Float64 : DType::Float32)),
+        accumulated(depthwise_kernels(sum_type)),
         channels(x.slab.channels),
         lanes(accumulated.lanes),
         blocks(ceil_div(channels, lanes)),
         taps(conv.taps()) {}
 
+  std::int64_t sum_bytes() const { return sum_type == DType::Float64 ? 8 : 4; }
   bool is_channels_last() const { return x.slab.layout == Layout::ChannelsLast; }
   std::int64_t block_channels(std::int64_t block) const { return std::min(lanes, channels - block * lanes); }
   // Threads for a pass that multiplies every value as often as there are taps.
@@ -94,7 +94,6 @@ class Filters {
     }
   }
 
-  std::int64_t item_bytes() const { return work_.x.dtype == DType::Float64 ? 8 : 4; }
   std::int64_t block() const { return work_.taps * work_.lanes; }  // values from one to the next
   const void* row(std::int64_t block, std::int64_t filter_row, std::int64_t tap = 0) const {
     return at_.at(((block * work_.conv.filter_rows() + filter_row) * work_.conv.width.kernel + tap) * work_.lanes);
@@ -167,7 +166,7 @@ struct Bands {
   }
 };
 
-// Rows of the output so that, with what they read of the input, `channels` of them take up a band's bytes.
+// Rows of the output so that `channels` of them, with what they read of the input, take up a band's bytes.
 inline std::int64_t rows_of_band(const Work& work, std::int64_t channels, std::int64_t item_bytes) {
   const Convolution& conv = work.conv;
   const std::int64_t in = ceil_div(conv.in_rows() * conv.width.in, std::max<std::int64_t>(1, conv.out_rows()));

@@ -92,8 +92,7 @@ class GradientSums {
   }
   void write() const {
     if (!are_wanted()) return;
-    const DType type = work_.x.dtype == DType::Float64 ? DType::Float64 : DType::Float32;
-    kernels().dense[static_cast<int>(type)].sum_samples(groups(), items(), partial_.base, total_.base);
+    kernels().dense[static_cast<int>(work_.sum_type)].sum_samples(groups(), items(), partial_.base, total_.base);
     const std::int64_t C = work_.channels, taps = work_.taps;
     const auto write = [&](const Tensor& to, std::int64_t values, std::int64_t first) {
       if (!to.defined()) return;
@@ -200,7 +199,7 @@ void backward(const Work& work, const ops::DepthwiseConv& a, const Gradients<3>&
   Bands of_input, of_output;
   std::int64_t x_items = 0, g_items = 0;  // of a thread
   if (!work.is_channels_last()) {
-    const std::int64_t rows = rows_of_band(work, work.lanes, turned.item_bytes());
+    const std::int64_t rows = rows_of_band(work, work.lanes, work.sum_bytes());
     if (sums.are_wanted()) conv.for_output_bands(rows, of_output);
     if (to[0].defined()) {
       conv.for_input_bands(ceil_div(rows * conv.in_rows(), std::max<std::int64_t>(1, conv.out_rows())), of_input);

@@ -3,13 +3,6 @@
 #include "cache.h"
 
 namespace se_ext::cpu {
-namespace {
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
-
-}  // namespace
 
 Schedule Schedule::of(std::int64_t samples, std::int64_t bytes) {
   Schedule s;

@@ -42,7 +42,7 @@ struct Schedule {
     parallel(threads, [&](Team all) {
       const Team team = by_sample ? Team{} : all;
       const auto [begin, end] = by_sample ? all.share(samples) : std::pair<std::int64_t, std::int64_t>{0, samples};
-      const std::int64_t chunks = (end - begin + chunk - 1) / chunk;
+      const std::int64_t chunks = ceil_div(end - begin, chunk);
       for (std::int64_t i = 0; i < chunks; ++i) {
         const std::int64_t n = begin + (backwards ? chunks - 1 - i : i) * chunk;
         body(team, by_sample ? all.rank : 0, n, std::min(chunk, end - n));

@@ -7,6 +7,10 @@
 
 namespace se_ext::cpu {
 
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // A slab's tiles. Their size depends on the slab and its dtype alone, never on threads or batch, so that partial sums
 // over tiles are always combined in the same order.
 struct Tiling {
@@ -29,7 +33,7 @@ struct Tiling {
     } else {
       extent = std::max({extent, kFewPoints, total / kMostTiles});
     }
-    count = (total + extent - 1) / extent;
+    count = ceil_div(total, extent);
   }
 
   Tile tile(std::int64_t i) const { return {i * extent, std::min((i + 1) * extent, total)}; }

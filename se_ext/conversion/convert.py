@@ -35,7 +35,8 @@ def convert(
     convolution or Linear), an activation, a layer, a gate, and the product with the input. With `fuse`, every batch
     norm is fused with the activation behind it (timm's BatchNormAct2d, torchvision's Conv2dNormActivation, and a batch
     norm and an activation that a forward calls one after the other), and the SE block with the batch norm and the
-    activation in front of it, and with stochastic depth, the shortcut's sum and the activation behind it.
+    activation in front of it, and with stochastic depth, the shortcut's sum and the activation behind it. A depthwise
+    convolution that the kernels compute (functional.depthwise_conv) runs on the op, on the CPU.
 
     The modules stay the objects that they are: their places, parameters, buffers, hooks, state_dict keys and isinstance
     do not change, and optimizers keep their parameters. Each gets a class that is derived from its own and has another

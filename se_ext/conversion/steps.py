@@ -1,4 +1,4 @@
-"""What generated forwards call, and the forwards of converted SE blocks and batch norms.
+"""What generated forwards call, and the forwards of converted SE blocks, batch norms and depthwise convolutions.
 
 Each step takes modules, decides at the call what is known of them (_known.py), and runs that as one op. Whatever is not
 known (it has a hook, a class of its own, an adapter) is called, in the network's order. The convolution in front is

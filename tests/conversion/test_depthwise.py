@@ -164,6 +164,23 @@ def test_a_tensor_in_the_weights_place_is_for_torch() -> None:
     assert torch.equal(ours[1](torch.ones(1, C, 5, 5, dtype=torch.float64)), torch.zeros(1, C, 5, 5).double())
 
 
+def test_a_weight_of_its_own_kind_is_for_torch() -> None:
+    """A subclass of Tensor (sharded, quantised) computes its layer in its own way."""
+
+    class Doubled(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_function__(function, types, args, kwargs)
+            return result.as_subclass(Tensor) * 2 if function is torch.conv2d else result
+
+    plain, ours = pair(KNOWN["3x3"]())
+    ours[1].weight = nn.Parameter(ours[1].weight.detach().as_subclass(Doubled))
+    x = images()
+    assert is_converted(ours[1])
+    assert calls(ours, x) == 0
+    torch.testing.assert_close(ours[1](ours[0](x)).as_subclass(Tensor), 2 * plain[1](plain[0](x)))
+
+
 def test_one_image_without_a_batch() -> None:
     plain, ours = pair(KNOWN["3x3"]())
     x = torch.randn(C, 9, 8, dtype=torch.float64)
