@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "../ops/convolution.h"
 
@@ -42,6 +43,8 @@ class Convolution {
       *to[3 - dims.size() + d] = {from.in.expect_int(), from.kernel.expect_int(), from.out.expect_int(), from.stride,
                                   from.dilation,        from.begin.expect_int()};
     }
+    in_row_ = rows_met(depth_.out, height_.out, height_.in, &Dim::input);
+    out_row_ = rows_met(depth_.in, height_.in, height_.out, &Dim::output);
   }
 
   Dim width;
@@ -52,15 +55,11 @@ class Convolution {
 
   // The row of the input that a row of the output meets with a row of the filter; -1: none.
   std::int64_t in_row(std::int64_t out_row, std::int64_t filter_row) const {
-    const std::int64_t d = depth_.input(out_row / height_.out, filter_row / height_.kernel);
-    const std::int64_t h = height_.input(out_row % height_.out, filter_row % height_.kernel);
-    return d < 0 || h < 0 ? -1 : d * height_.in + h;
+    return in_row_[out_row * filter_rows() + filter_row];
   }
   // The row of the output that a row of the input goes into.
   std::int64_t out_row(std::int64_t in_row, std::int64_t filter_row) const {
-    const std::int64_t d = depth_.output(in_row / height_.in, filter_row / height_.kernel);
-    const std::int64_t h = height_.output(in_row % height_.in, filter_row % height_.kernel);
-    return d < 0 || h < 0 ? -1 : d * height_.out + h;
+    return out_row_[in_row * filter_rows() + filter_row];
   }
 
   // All rows in bands of at most `rows`: of the output, beside those of the input that they read; and of the input,
@@ -93,7 +92,27 @@ class Convolution {
     }
   }
 
+  // For each row of one side and each row of the filter the row of the other side, which has `other_height` of them at
+  // each depth; a table, because it takes divisions, and each sample and block of channels asks again.
+  std::vector<std::int64_t> rows_met(std::int64_t depth, std::int64_t height, std::int64_t other_height,
+                                     std::int64_t (Dim::*other)(std::int64_t, std::int64_t) const) const {
+    std::vector<std::int64_t> met;
+    met.reserve(depth * height * filter_rows());
+    for (std::int64_t d = 0; d < depth; ++d) {
+      for (std::int64_t h = 0; h < height; ++h) {
+        for (std::int64_t kd = 0; kd < depth_.kernel; ++kd) {
+          for (std::int64_t kh = 0; kh < height_.kernel; ++kh) {
+            const std::int64_t at_depth = (depth_.*other)(d, kd), at_height = (height_.*other)(h, kh);
+            met.push_back(at_depth < 0 || at_height < 0 ? -1 : at_depth * other_height + at_height);
+          }
+        }
+      }
+    }
+    return met;
+  }
+
   Dim depth_, height_;
+  std::vector<std::int64_t> in_row_, out_row_;
 };
 
 }  // namespace se_ext::cpu

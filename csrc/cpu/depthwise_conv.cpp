@@ -7,7 +7,7 @@ namespace cpu {
 namespace {
 
 // A row of the output, of some channels from those of `block` on.
-void convolve(const Work& work, const DepthwiseKernels& kernels, const Filters& filters, std::int64_t block,
+void convolve(const Work& work, ConvolveKernel* kernel, const Filters& filters, std::int64_t block,
               std::int64_t channels, const Rows& x, const Rows& y, std::int64_t row, std::vector<ConvolvedRow>& met) {
   const Convolution& conv = work.conv;
   met.clear();
@@ -15,9 +15,9 @@ void convolve(const Work& work, const DepthwiseKernels& kernels, const Filters& 
     const std::int64_t from = conv.in_row(row, k);
     if (from >= 0) met.push_back({x.row(from), filters.row(block, k)});
   }
-  kernels.convolve(static_cast<int>(conv.width.kernel), static_cast<int>(conv.width.stride),
-                   {channels, conv.width.out, conv.width.in, -conv.width.begin, x.step, y.step, filters.block(),
-                    met.data(), static_cast<int>(met.size()), filters.bias(block), y.row(row)});
+  kernel(static_cast<int>(conv.width.kernel), static_cast<int>(conv.width.stride),
+         {channels, conv.width.out, conv.width.in, -conv.width.begin, x.step, y.step, filters.block(), met.data(),
+          static_cast<int>(met.size()), filters.bias(block), y.row(row)});
 }
 
 void forward(const Work& work, const ops::DepthwiseConv& a) {
@@ -43,7 +43,7 @@ void forward(const Work& work, const ops::DepthwiseConv& a) {
       const auto [begin, end] = team.share(N * out_rows);
       for (std::int64_t i = begin; i < end; ++i) {
         const std::int64_t n = i / out_rows;
-        convolve(work, work.stored, filters, /*block=*/0, work.channels, rows_of(x, n, 0, conv.width.in),
+        convolve(work, work.stored.convolve, filters, /*block=*/0, work.channels, rows_of(x, n, 0, conv.width.in),
                  rows_of(y, n, 0, conv.width.out), i % out_rows, met);
       }
     });
@@ -64,7 +64,7 @@ void forward(const Work& work, const ops::DepthwiseConv& a) {
         const Rows& in = from.read(n, block, band.other_begin, band.other_end);
         const Rows& out = to.place(band.begin);
         for (std::int64_t row = band.begin; row < band.end; ++row) {
-          convolve(work, work.accumulated, filters, block, work.lanes, in, out, row, met);
+          convolve(work, work.accumulated.convolve_block, filters, block, work.lanes, in, out, row, met);
         }
         to.write(n, block, band.begin, band.end);
       }

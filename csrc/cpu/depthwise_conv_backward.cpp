@@ -13,28 +13,44 @@ namespace {
 
 constexpr std::int64_t kMostGroups = 16;  // of samples
 
-// A row of the input's gradient. Columns that are `stride` apart meet the same taps: for them it is a convolution of
-// stride 1 with these, turned round.
-void convolve_back(const Work& work, const DepthwiseKernels& kernels, const Filters& turned, std::int64_t block,
-                   std::int64_t channels, const Rows& g, const Rows& gx, std::int64_t row,
-                   std::vector<ConvolvedRow>& met) {
-  const Convolution& conv = work.conv;
-  const Convolution::Dim& w = conv.width;
+// Columns of the input's gradient that are `stride` apart meet the same taps: for them it is a convolution of stride 1
+// with these, turned round.
+struct Phase {
+  int taps;
+  std::int64_t tap;      // the first of them in a row of the turned filters
+  std::int64_t column;   // of the gradient, the first
+  std::int64_t columns;  // in all
+  std::int64_t first;    // column of g that the first one meets first
+};
+
+std::vector<Phase> phases_of(const Convolution::Dim& w) {
+  std::vector<Phase> phases;
   std::int64_t tap = 0;
   for (std::int64_t phase = 0; phase < w.stride; ++phase) {
     const std::int64_t taps = ceil_div(w.kernel - phase, w.stride);
-    const std::int64_t column = (phase + w.stride - w.begin % w.stride) % w.stride;  // the first of this phase
+    const std::int64_t column = (phase + w.stride - w.begin % w.stride) % w.stride;
+    phases.push_back({static_cast<int>(taps), tap, column, ceil_div(std::max<std::int64_t>(0, w.in - column), w.stride),
+                      (column + w.begin - phase) / w.stride - (taps - 1)});
+    tap += taps;
+  }
+  return phases;
+}
+
+// A row of the input's gradient.
+void convolve_back(const Work& work, ConvolveKernel* kernel, const std::vector<Phase>& phases, const Filters& turned,
+                   std::int64_t block, std::int64_t channels, const Rows& g, const Rows& gx, std::int64_t row,
+                   std::vector<ConvolvedRow>& met) {
+  const Convolution& conv = work.conv;
+  const Convolution::Dim& w = conv.width;
+  for (const Phase& phase : phases) {
     met.clear();
     for (std::int64_t k = 0; k < conv.filter_rows(); ++k) {
       const std::int64_t from = conv.out_row(row, k);
-      if (from >= 0) met.push_back({g.row(from), turned.row(block, k, tap)});
+      if (from >= 0) met.push_back({g.row(from), turned.row(block, k, phase.tap)});
     }
-    const std::int64_t first = (column + w.begin - phase) / w.stride - (taps - 1);
-    kernels.convolve(static_cast<int>(taps), 1,
-                     {channels, ceil_div(std::max<std::int64_t>(0, w.in - column), w.stride), w.out, first, g.step,
-                      w.stride * gx.step, turned.block(), met.data(), static_cast<int>(met.size()), /*bias=*/nullptr,
-                      gx.point(row, column)});
-    tap += taps;
+    kernel(phase.taps, 1,
+           {channels, phase.columns, w.out, phase.first, g.step, w.stride * gx.step, turned.block(), met.data(),
+            static_cast<int>(met.size()), /*bias=*/nullptr, gx.point(row, phase.column)});
   }
 }
 
@@ -121,6 +137,7 @@ void backward_channels_last(const Work& work, int threads, const Filters& turned
   const std::int64_t in_rows = conv.in_rows(), out_rows = conv.out_rows(), groups = sums.groups();
   // As few parts of the channels as keep all threads at work.
   const bool is_even = groups % threads == 0 || groups >= 4 * threads;
+  const std::vector<Phase> phases = phases_of(conv.width);
   const std::int64_t parts = is_even ? 1 : std::min(work.blocks, ceil_div(4 * threads, groups));
   parallel(threads, [&](Team team) {
     std::vector<ConvolvedRow> met;
@@ -145,7 +162,7 @@ void backward_channels_last(const Work& work, int threads, const Filters& turned
           if (!gx) continue;
           const Rows to = rows_of(*gx, n, channel, conv.width.in);
           for (std::int64_t r = row * in_rows / out_rows; r < row_end * in_rows / out_rows; ++r) {
-            convolve_back(work, work.stored, turned, block, channels, grad, to, r, met);
+            convolve_back(work, work.stored.convolve, phases, turned, block, channels, grad, to, r, met);
           }
         }
       }
@@ -158,6 +175,7 @@ void backward_channels_first(const Work& work, int threads, const Filters& turne
                              const FeatureMap* gx, const Bands& of_input, const Bands& of_output,
                              const std::vector<Pointer>& memory) {
   const Convolution& conv = work.conv;
+  const std::vector<Phase> phases = phases_of(conv.width);
   parallel(threads, [&](Team team) {
     std::vector<ConvolvedRow> met;
     std::vector<const void*> rows_met;
@@ -182,7 +200,8 @@ void backward_channels_first(const Work& work, int threads, const Filters& turne
           const Rows& grad = is_there ? g.place(0) : g.read(n, block, band.other_begin, band.other_end);
           const Rows& rows = to.place(band.begin);
           for (std::int64_t row = band.begin; row < band.end; ++row) {
-            convolve_back(work, work.accumulated, turned, block, work.lanes, grad, rows, row, met);
+            convolve_back(work, work.accumulated.convolve_block, phases, turned, block, work.lanes, grad, rows, row,
+                          met);
           }
           to.write(n, block, band.begin, band.end);
         }

@@ -49,9 +49,14 @@ struct GradientRows {
   void* gb;              // [lanes], of the first block, += Σ_j g[j]; null: not wanted
 };
 
+// taps: of a row; with stride 1: 1 to 7, with stride 2: 3, 5 and 7.
+using ConvolveKernel = void(int taps, int stride, const ConvolveRow&);
+
 struct DepthwiseKernels {
-  // taps: of a row; with stride 1: 1 to 7, with stride 2: 3, 5 and 7. Maps in the stored type.
-  void (*convolve)(int taps, int stride, const ConvolveRow&);
+  ConvolveKernel* convolve;  // of maps in the stored type
+  // The same of a block of channels in scratch memory, whose points lie `lanes` apart: in the accumulation type, and
+  // null in others.
+  ConvolveKernel* convolve_block;
   // taps 3, 5, 7, stride 1, 2; rows of the filter at a time: at most rows_at_once(taps).
   void (*gradient)(int taps, int stride, int rows, const GradientRows&);
   int (*rows_at_once)(int taps);

@@ -10,7 +10,11 @@ namespace se_ext::cpu::SE_EXT_ISA {
 
 template <class T>
 constexpr DepthwiseKernels depthwise_kernels_of() {
-  return {convolve<T>, gradient<T>, rows_at_once, to_blocks<T>, from_blocks<T>, kLanes<acc_t<T>>};
+  using A = acc_t<T>;
+  return {convolve<T>,  std::is_same_v<T, A> ? convolve_block<A> : nullptr,
+          gradient<T>,  rows_at_once,
+          to_blocks<T>, from_blocks<T>,
+          kLanes<A>};
 }
 
 const DepthwiseTable& depthwise_table() {
