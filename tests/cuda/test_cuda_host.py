@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,17 @@ LAYOUTS = {"first": False, "last": True}
 
 
 def host() -> ctypes.CDLL:
-    return ctypes.CDLL(CUDA_HOST)
+    library = ctypes.CDLL(CUDA_HOST)
+    library.cuda_host_last_path.restype = ctypes.c_char_p
+    return library
 
 
 def set_path(name: str) -> None:
     host().cuda_host_set_path(name.encode())
+
+
+def last_path() -> str:
+    return host().cuda_host_last_path().decode()
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +82,8 @@ def longest(shape: tuple[int, ...], hidden: int) -> int:
 class Problem:
     """A map with all that stands around it, in one dtype and layout."""
 
+    took = took_behind_prologue = ""  # the paths of the last inference
+
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, last: bool, hidden: int = 12, wide: bool = False):
         self.shape, self.dtype, self.hidden = shape, dtype, hidden
         self.x, self.residual, self.grad = (make_map(shape, dtype, last) for _ in range(3))
@@ -87,6 +96,7 @@ class Problem:
         """Plain; with a residual and an activation; behind an affine map and an activation."""
         with torch.no_grad():
             plain = se_ext.squeeze_excite(self.x, *self.weights)
+            self.took = last_path()
             tail = se_ext.squeeze_excite(self.x, *self.weights, "silu", "hardsigmoid", self.residual, "gelu")
             op = torch.ops.se_ext.bn_squeeze_excite
             y, _, _ = op(
@@ -96,6 +106,7 @@ class Problem:
                 *(self.x, *self.bn, *self.weights, False, 1e-5),
                 *("hardswish", "tanh", "sigmoid", self.residual, "relu", self.drop),
             )
+            self.took_behind_prologue = last_path()
             return [plain, tail, y, z]
 
     def step(self) -> list[Tensor]:
@@ -131,6 +142,8 @@ def test_every_path_gives_the_same_bits(shape: tuple[int, ...], dtype: torch.dty
     for path in PATHS:
         set_path(path)
         found = problem.inference() + (problem.step() if path != "cluster" else [])
+        if path != "auto":
+            assert (problem.took, problem.took_behind_prologue) == (path, path)
         if expected is None:
             expected = found
         assert_same_bits(found, expected[: len(found)], f"{path} and {PATHS[0]}")
@@ -173,6 +186,71 @@ def test_clusters_are_as_large_as_the_batch_is_small(samples: int, last: bool) -
         host().cuda_host_largest_cluster()
         problem.inference()
         assert host().cuda_host_largest_cluster() == (1 if path != "cluster" else {1: 8, 20: 4, 140: 1}[samples])
+
+
+def run_with(set_up: str, program: str) -> list[str]:
+    """What the program prints. A kernel and a device are asked once what they are: another answer needs another
+    process."""
+    folders = [str(TESTS), str(Path(__file__).parent)]
+    start = f"import sys, torch\nsys.path[:0] = {folders}\nimport helpers, test_cuda_host as t\nhost = t.host()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{start}{set_up}\n{program}"], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.split()
+
+
+# Its slab needs eight thread blocks.
+NEEDS_A_CLUSTER = (2, 72, 48, 64)
+EVERY_PATH = """
+torch.manual_seed(1)
+for last in (False, True):
+    for shape in (t.NEEDS_A_CLUSTER, (2, 72, 7, 33)):
+        problem, results = t.Problem(shape, torch.float32, last), []
+        for path in ("whole", "cluster"):
+            t.set_path(path)
+            results.append(problem.inference())
+            print(problem.took, problem.took_behind_prologue)
+        helpers.assert_same_bits(*results, "cluster and whole")
+print(host.cuda_host_largest_cluster())
+"""
+
+
+def test_room_for_clusters() -> None:
+    """A whole GPU, and a part of one whose clusters are of two thread blocks at most: no path fails."""
+    both, neither = ["whole", "whole", "cluster", "cluster"], ["whole"] * 4
+    assert run_with("", EVERY_PATH) == [*(both + both) * 2, "8"]
+    assert run_with("host.cuda_host_set_room(2)", EVERY_PATH) == [*(neither + both) * 2, "2"]
+
+
+def test_ptx_of_a_gpu_without_clusters_on_one_that_has_them() -> None:
+    """As a build for 8.0+PTX runs on sm_90: only slabs that fit into one thread block take the cluster's kernel."""
+    both, neither = ["whole", "whole", "cluster", "cluster"], ["whole"] * 4
+    assert run_with("host.cuda_host_set_ptx(80)", EVERY_PATH) == [*(neither + both) * 2, "1"]
+
+
+def test_shapes_side_by_side_in_two_threads() -> None:
+    """One kernel, with much shared memory in one thread and with little in the other: the limit is set once, and never
+    lowered."""
+    large, small = (Problem((1, 72, *size), torch.float32, False) for size in ((32, 48), (24, 48)))
+    expected = [problem.inference() for problem in (large, small)]
+    set_path("cluster")
+    limits = ctypes.c_int(), ctypes.c_int()
+    host().cuda_host_limits(*map(ctypes.byref, limits))
+
+    def run(problem: Problem) -> list[list[Tensor]]:
+        return [problem.inference() for _ in range(8)]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, (large, small)))
+    assert last_path() == "cluster"
+    for runs, one in zip(found, expected, strict=True):
+        for tensors in runs:
+            assert_same_bits(tensors, one)
+    host().cuda_host_limits(*map(ctypes.byref, limits))
+    times_set, times_lowered = (limit.value for limit in limits)
+    assert times_lowered == 0
+    assert times_set <= 2  # of the kernels with and without a prologue, unless an earlier test has
 
 
 @pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
