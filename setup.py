@@ -167,7 +167,9 @@ class Build(BuildExtension):
         ext.extra_objects += compile_adapters([info], SE_EXT_CUDA_ARCHITECTURES=f'"{" ".join(self.gpus)}"')
         ext.sources.remove(str(CSRC / "no_cuda.cpp"))
         ext.library_dirs += toolkit.library_dirs
-        ext.libraries += ["cudart"] if torch.version.cuda is None else ["cudart", "c10_cuda"]
+        ext.libraries.append(setup_cuda.runtime_library(toolkit))
+        if torch.version.cuda is not None:
+            ext.libraries.append("c10_cuda")
 
 
 def extensions() -> list[Extension]:

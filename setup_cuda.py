@@ -59,6 +59,16 @@ def find_toolkit() -> Toolkit | None:
     return Toolkit(nvcc, release[1], tuple(f"{a}.{b}" for a, b in known), unique(folders["I"]), unique(folders["L"]))
 
 
+def runtime_library(toolkit: Toolkit) -> str:
+    """What the linker is asked for. NVIDIA's wheels hold libcudart.so.13, say, without the link named libcudart.so."""
+    folders = [Path(folder) for folder in toolkit.library_dirs]
+    if any((folder / "libcudart.so").exists() for folder in folders):
+        return "cudart"
+    major = toolkit.version.split(".")[0]
+    versioned = f"libcudart.so.{major}"
+    return f":{versioned}" if any((folder / versioned).exists() for folder in folders) else "cudart"
+
+
 def chosen_toolkit(torch_cuda: str | None) -> Toolkit | None:
     """The toolkit to build with, None to build without CUDA; torch_cuda is the CUDA version torch was built with."""
     force = os.environ.get("FORCE_CUDA", "")

@@ -20,4 +20,6 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("set_cuda_path", &se_ext::set_cuda_path, pybind11::arg("path"),
         "Which CUDA kernels run: auto, cluster, chunked or whole; for tests and measurements.");
   m.def("cuda_path", &se_ext::cuda_path, "What set_cuda_path last set; empty without CUDA.");
+  m.def("last_cuda_path", &se_ext::last_cuda_path,
+        "Which CUDA kernels the last op that has a choice ran: cluster, chunked or whole; empty before such an op.");
 }

@@ -23,5 +23,6 @@ SE_EXT_API std::string cuda_toolkit();                     // "13.0"; "" without
 SE_EXT_API std::vector<std::string> cuda_architectures();  // "8.0", "9.0+PTX"; none without CUDA
 SE_EXT_API void set_cuda_path(const std::string& path);    // "auto", "cluster", "chunked" or "whole"; to test, measure
 SE_EXT_API std::string cuda_path();                        // the last one set, at first "auto"; "" without CUDA
+SE_EXT_API std::string last_cuda_path();  // what the last op with a choice took, forced or not; "" before one
 
 }  // namespace se_ext

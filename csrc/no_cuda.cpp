@@ -21,4 +21,8 @@ std::string cuda_path() {
   return "";
 }
 
+std::string last_cuda_path() {
+  return "";
+}
+
 }  // namespace se_ext

@@ -6,6 +6,7 @@ GPU they skip; SE_EXT_REQUIRE_CUDA=1 turns the skip into a failure.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Iterator
 
@@ -25,10 +26,15 @@ from helpers import (
 
 from se_ext import _C
 
+UNCAPTURED = pytest.StashKey[int]()  # stderr as it was before pytest captured it
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = os.environ.get("SE_EXT_TEST_DEVICE", "cpu")
     parser.addoption("--device", default=default, help="where the tests' tensors are: cpu (default) or cuda")
+    parser.addoption(
+        "--test-limit-s", type=float, default=0, help="end the process, with a traceback, where a test takes longer"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if place == "cuda" and cuda_is_required() and (reason := missing_cuda()):
         raise pytest.UsageError(f"--device cuda with SE_EXT_REQUIRE_CUDA=1, but {reason}")
     use_device(torch.device(place))
+    config.stash[UNCAPTURED] = os.dup(2)  # nothing is captured yet
     config.addinivalue_line("markers", "slow: needs gigabytes or minutes; runs where SE_EXT_SLOW=1")
     config.addinivalue_line("markers", "cpu_only: tests the CPU kernels, or something beside the ops; not for a GPU")
     config.addinivalue_line("markers", "large: maps of millions of elements, too many for emulated kernels")
@@ -61,6 +68,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in skips.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that waits for a GPU cannot be interrupted: the process ends, which says where."""
+    limit = item.config.getoption("--test-limit-s")
+    if not limit:
+        return (yield)
+    faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[UNCAPTURED])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """What can be known of the CUDA build without a GPU: `make cuda-check`.
 
 Builds the whole library as FORCE_CUDA=1 does, into build/cuda-check, and looks at what the linker leaves open, at what
-ptxas reports of every kernel, and at the loads in its PTX; for TORCH_CUDA_ARCH_LIST, or 7.5 and 9.0.
+ptxas reports of every kernel, at how many of its thread blocks the registers let run side by side, and at the loads in
+its PTX; for TORCH_CUDA_ARCH_LIST, or 7.5 and 9.0.
 """
 
 from __future__ import annotations
@@ -29,6 +30,15 @@ MUST_LOAD_16_BYTES = [
     for kernel in (r"sum_\w+<", r"write_\w+<", r"block_kernel<[^,]*, ")
     for t, n in WHOLE_VECTORS.items()
 ]
+
+# The thread blocks of a kernel whose registers must have room on a multiprocessor: what csrc/cuda/plan.cpp counts on
+# (kBlocksPerMultiprocessor), and for all others that a block can be launched at all.
+BLOCKS_PER_MULTIPROCESSOR = [(r"\bblock_kernel<", 2), (r"", 1)]
+THREADS = [(r"\bbackward_kernel<", 512), (r"", 256)]  # per block, at most
+REGISTERS = 64 * 1024  # of a multiprocessor, from compute capability 7.5 on
+
+# The products for a batch read a weight and the vectors of `samples` samples 16 bytes at a time: template arguments.
+DOT = re.compile(r"\bforward_kernel<(\d+), (\d+), [\w:]*\b(float|double|float16|bfloat16), (float|double)>")
 
 # From global memory, or from where the compiler cannot know the memory; or past the registers.
 LOAD_16_BYTES = re.compile(
@@ -76,6 +86,25 @@ def open_symbols(library: Path, folders: list[str]) -> list[str]:
         given.update(line.split()[-1].split("@")[0] for line in tool("nm", "-D", "--defined-only", file).splitlines())
     names = [name.split("@")[0] for kind, name in taken if kind == "U"]  # the others are weak
     return sorted(demangled([name for name in names if name not in given]))
+
+
+def first_match(rules: list[tuple[str, int]], kernel: str) -> int:
+    return next(value for pattern, value in rules if re.search(pattern, kernel))
+
+
+def blocks_per_multiprocessor(kernel: Kernel) -> int:
+    """As far as registers decide: they are given to a warp in units of 256."""
+    per_warp = -(-kernel.registers * 32 // 256) * 256
+    return REGISTERS // (per_warp * first_match(THREADS, kernel.name) // 32)
+
+
+def wide_loads_of_dot(kernel: str) -> int:
+    """The 16-byte loads that one step of a product takes; 0 where its vectors are read value by value."""
+    match = DOT.search(kernel)
+    if match is None or match[1] == "1":
+        return 0
+    values, samples = int(match[1]), int(match[2])
+    return 1 + samples * values * {"float": 4, "double": 8}[match[4]] // 16
 
 
 class Kernel(NamedTuple):
@@ -146,23 +175,43 @@ def main() -> int:
         print(f"kernels: {len({k.name for k in kernels})}")
         print(f"most registers: {most.registers}, {most.architecture} {most.name}")
     if options.verbose:
-        print(*(f"  {k.architecture} {k.registers:3} {k.name}" for k in kernels), sep="\n")
+        print("architecture, registers, thread blocks per multiprocessor that they let run, kernel:")
+        rows = [(k.architecture, k.registers, blocks_per_multiprocessor(k), k.name) for k in kernels]
+        print(*(f"  {a} {registers:3} {blocks:2} {name}" for a, registers, blocks, name in rows), sep="\n")
+    for pattern, blocks in BLOCKS_PER_MULTIPROCESSOR:
+        meant = [k for k in kernels if re.search(pattern, k.name)]
+        if kernels and not meant:
+            failed.append(f"BLOCKS_PER_MULTIPROCESSOR finds no kernel: {pattern}")
+        failed += [
+            f"{k.architecture}: {k.registers} registers let fewer than {blocks} thread blocks run: {k.name}"
+            for k in meant
+            if blocks_per_multiprocessor(k) < blocks
+        ]
     failed += [f"{k.architecture}: {k.stack} bytes of stack: {k.name}" for k in kernels if k.stack]
     failed += [f"{k.architecture}: {k.spills} bytes of spills: {k.name}" for k in kernels if k.spills]
 
-    wide = 0
+    wide = products = 0
     found = set()
     for source in sorted((ROOT / setup_cuda.KERNELS).glob("*.cu")):
         files = sorted(kept.glob(f"{source.stem}.*ptx"))
         if not files:
             failed.append(f"{kept} has no PTX of {source.name}: remove build/temp*/{setup_cuda.KERNELS}")
         for file in files:
-            bodies = {name: body for name, body in kernels_in_ptx(file.read_text()).items() if must_load_16_bytes(name)}
+            in_file = kernels_in_ptx(file.read_text())
+            for name, body in in_file.items():
+                expected, loads = wide_loads_of_dot(name), len(LOAD_16_BYTES.findall(body))
+                products += expected > 0
+                if loads < expected:
+                    failed.append(f"{file.name}: {loads} loads of 16 bytes, expected {expected} and more: {name}")
+            bodies = {name: body for name, body in in_file.items() if must_load_16_bytes(name)}
             wide += len(bodies)
             found |= {pattern for pattern in MUST_LOAD_16_BYTES if any(re.search(pattern, name) for name in bodies)}
             narrow = [name for name, body in bodies.items() if not LOAD_16_BYTES.search(body)]
             failed += [f"{file.name}: no 16-byte load from global memory: {name}" for name in narrow]
     print(f"kernels that must load 16 bytes at once, over the architectures: {wide}")
+    print(f"kernels whose products must, over the architectures: {products}")
+    if products == 0:
+        failed.append(f"DOT finds no kernel: {DOT.pattern}")
     idle = [pattern for pattern in MUST_LOAD_16_BYTES if pattern not in found]
     failed += [f"MUST_LOAD_16_BYTES finds no kernel: {pattern}" for pattern in idle]
 

@@ -19,9 +19,10 @@ from benchmarks.cases.problem import LAYOUTS, SEED, Problem, draw_problem, refer
 from benchmarks.cases.problem import check as check_block
 from benchmarks.cases.workloads import Workload, read_workloads
 from benchmarks.measure import allocator
-from benchmarks.measure.case import Case, Work
+from benchmarks.measure.case import Case, Work, WrongResult
 from benchmarks.measure.timing import Plan, Samples, Step, do_nothing, interleave
 from benchmarks.summary import LARGE, WALL, WORKLOADS
+from se_ext import _C
 
 SE, SHORTCUT, BN = "se", "se_residual_relu", "bn_se_residual_relu"
 LARGE_NAMES = (
@@ -30,6 +31,13 @@ LARGE_NAMES = (
     "1024x14x14-m64-relu-sigmoid",
     "2048x7x7-m128-relu-sigmoid",
 )
+# Block → batch: what csrc/cuda/plan.cpp predicts for these is in docs/tuning.md.
+PREDICTED = {
+    "256x56x56-m16-relu-sigmoid": 32,
+    "1024x14x14-m64-relu-sigmoid": 256,
+    "2048x7x7-m128-relu-sigmoid": 256,
+}
+AUTO, PATHS = "auto", ("cluster", "chunked", "whole")
 # torch.compile takes seconds per shape: these stand for all.
 COMPILED = ("256x56x56-m16-relu-sigmoid", "1024x14x14-m64-relu-sigmoid", "672x14x14-m28-silu-sigmoid")
 EAGER = ("eager_conv", "eager_linear")
@@ -112,6 +120,21 @@ class MemoryCase(Case):
 
 
 @dataclass(frozen=True)
+class PathsCase(Case):
+    """The inference of a plain case on every path of the CUDA kernels, beside the path that they choose."""
+
+    of: GpuCase
+    into = "paths"
+    kind = "paths"
+
+    def __str__(self) -> str:
+        return f"paths of {self.of}"
+
+    def measure(self, plan: Plan) -> summary.Row:
+        return measure_paths(self.of, torch.device(self.of.device), plan)
+
+
+@dataclass(frozen=True)
 class BesideCase(BlockCase):
     """se_ext on the CPU: what stands beside the GPU's rows."""
 
@@ -129,13 +152,15 @@ def work(text: str, *, layout: Sequence[str], device: Sequence[str], variants: S
     where = device[0]
     first, rest = split(cases(text, layout, QUICK if quick else Sizes(), COMPILE in variants, quick, where))
     memory = [MemoryCase(case) for case in first if case.is_plain()] if where == "cuda" else []
+    paths = [PathsCase(case) for case in predicted_cases(text, layout)] if where == "cuda" else []
     beside = [
         BesideCase("cpu", DRAWN, workload, one, "float32", "inference", ())
         for workload, one in itertools.product(read_workloads()[0], layout)
         if workload.matches(text) and "cpu" in device
     ]
     notes = [f"the CPU's rows: {allocator.note()}"] if beside else []
-    return Work([*memory, *first, *beside, *rest], notes, {"gpu": gpu_facts(where), "memory": []})
+    every = [*paths, *memory, *first, *beside, *rest]
+    return Work(every, notes, {"gpu": gpu_facts(where), "memory": [], "paths": []})
 
 
 def gpu_facts(where: str) -> dict[str, Any] | None:
@@ -200,6 +225,16 @@ def cases(
         *sweep(WORKLOADS, "inference", float32, never, warm=False),
         *sweep(WORKLOADS, "train", float32, never),
         *sweep(WALL, "inference", bfloat16, never),
+    ]
+
+
+def predicted_cases(text: str, layouts: Sequence[str]) -> list[GpuCase]:
+    """Those whose times the choice of the path was reasoned from."""
+    workloads = [w for w in read_workloads()[0] if w.name in PREDICTED and w.matches(text)]
+    grid = itertools.product(workloads, ("float32", "bfloat16"), layouts)
+    return [
+        GpuCase(LARGE, SE, "inference", w, layout, dtype, PREDICTED[w.name], warm=False, compiled=False)
+        for w, dtype, layout in grid
     ]
 
 
@@ -373,6 +408,41 @@ def as_row(case: GpuCase, problem: Problem, samples: dict[str, Samples], calls: 
 
 def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+# ---- paths ----
+
+
+def measure_paths(case: GpuCase, device: torch.device, plan: Plan) -> dict[str, Any]:
+    """The time of each path that can be taken; None for another. Raises WrongResult unless all give the same bits."""
+    problem = problem_of(case, device)
+    calls = ring_size(case, problem, case.sizes)
+    ring = [problem.x, *(_twin(problem.x) for _ in range(calls - 1))]
+    taken: dict[str, str] = {}
+    timed: dict[str, Step] = {}
+    expected: Tensor | None = None
+    try:
+        with torch.inference_mode():
+            module = build(summary.OURS, problem)
+            for path in (AUTO, *PATHS):
+                _C.set_cuda_path(path)
+                found = module(problem.x)
+                taken[path] = _C.last_cuda_path()
+                if path not in (AUTO, taken[path]):
+                    continue
+                expected = found if expected is None else expected
+                if not torch.equal(found, expected):
+                    raise WrongResult(f"{case}: the path {path} gives another result than {taken[AUTO]}")
+                timed[path] = as_one_step([functools.partial(module, x) for x in ring], True, device)
+            samples = interleave(timed, plan, torch.cuda.synchronize if device.type == "cuda" else do_nothing)
+    finally:
+        _C.set_cuda_path(AUTO)
+    times = {path: summary.spread([t / calls for t in found.time_us]) for path, found in samples.items()}
+    return {
+        **{"name": case.workload.name, "layout": case.layout, "dtype": case.dtype, "batch": case.batch},
+        **{"bytes_x": problem.bytes_x, "calls_per_step": calls, "chosen": taken[AUTO]},
+        "time_us": {path: times.get(path) for path in (AUTO, *PATHS)},
+    }
 
 
 # ---- memory ----

@@ -70,10 +70,22 @@ def _measure(
         if not keep_going:
             results[case.into].append(case.measure(plan))
             continue
+        before = len(results[case.into])
         results["failed"] += _measure_if_it_works(case, plan, results)
+        for row in results[case.into][before:]:
+            print(f"          {_told(row)}", file=sys.stderr, flush=True)
         if out and time.monotonic() - saved > SAVE_EVERY_S:
             saved = time.monotonic()
             results_file.save(results, out)
+
+
+def _told(row: dict[str, Any]) -> str:
+    """The times of a row in a line, or what else it has: all that is left where a run is cut off."""
+    times = {name: found.get("time_us") for name, found in row.get("variants", {}).items()} or row.get("time_us", {})
+    told = [f"{name} {time['median']:.1f} us" for name, time in times.items() if time]
+    if "chosen" in row:
+        told.append(f"chosen: {row['chosen']}")
+    return ", ".join(told or [f"{key} {value}" for key, value in row.items() if key.startswith("bytes_")])
 
 
 def _measure_if_it_works(case: Case | None, plan: Plan, results: dict[str, Any]) -> list[str]:

@@ -35,7 +35,8 @@ def gpu_parts(results: Results | None) -> list[str]:
         return [gpu_target_table(None)]
     rows = rows_of_the_gpu(results)
     parts = [gpu_target_table(results), *([summary_table(rows)] if rows else [])]
-    return [*parts, *filter(None, [beside_the_cpu(results["rows"]), left_out(results)])]
+    others = [paths_table(results.get("paths", [])), beside_the_cpu(results["rows"]), left_out(results)]
+    return [*parts, *filter(None, others)]
 
 
 def every_row(results: Results) -> list[str]:
@@ -97,6 +98,26 @@ def row_table(rows: Sequence[Row]) -> str:
 def _time(row: Row, variant: str) -> float | None:
     found = row["variants"].get(variant)
     return None if found is None else found["time_us"]["median"]
+
+
+def paths_table(rows: Sequence[Row]) -> str | None:
+    """Every path of the CUDA kernels beside the one that they choose."""
+    paths = ("auto", "cluster", "chunked", "whole")
+    lines = [
+        [
+            *(row[key] for key in ("name", "layout", "dtype", "batch", "chosen")),
+            *(number(time and time["median"], 1) for time in (row["time_us"][path] for path in paths)),
+            "yes" if row["time_us"][row["chosen"]]["median"] == _fastest(row) else "**no**",
+        ]
+        for row in rows
+    ]
+    title = "SE forward on every path, in µs per call, and whether the kernels choose the fastest:"
+    head = ["block", "layout", "dtype", "batch", "chosen", *(f"{path} µs" for path in paths), "the fastest"]
+    return f"{title}\n\n{table(head, lines, 'lllrl')}" if lines else None
+
+
+def _fastest(row: Row) -> float:
+    return min(time["median"] for path, time in row["time_us"].items() if time is not None and path != "auto")
 
 
 def beside_the_cpu(rows: Sequence[Row]) -> str | None:

@@ -37,7 +37,17 @@ void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::
   void* const scale = writable(saved.excitation.scale);
   const Prologue prologue{a_at, b_at, activations.pre};
   const RescaleMaps rescale{data(x.tensor), scale, data(r), writable(out.tensor), activations.post};
-  const Plan plan = Plan::of({x.dtype, x.slab, N, 1, maps - 1, M, e.weight_bytes(), !is_identity}, current_device());
+  const Plan plan = Plan::of({.dtype = x.dtype,
+                              .slab = x.slab,
+                              .samples = N,
+                              .maps_read_twice = 1,
+                              .maps_once = maps - 1,
+                              .hidden_channels = M,
+                              .weight_bytes = e.weight_bytes(),
+                              .can_cluster = !is_identity,
+                              .can_chunk = !is_identity,
+                              .has_prologue = true},
+                             current_device());
   if (plan.path == Path::Cluster) {
     const ClusterExcitation excitation{e.first(), e.second(), z, hidden, scale};
     C10_CUDA_CHECK(write_by_cluster(batch, plan.cluster, excitation, rescale, &prologue, data(drop)));
@@ -50,7 +60,7 @@ void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::
     if (!a.batch_statistics) C10_CUDA_CHECK(sum_input(batch, rescale.x, {means, partials_at, points}));
     C10_CUDA_CHECK(squeeze_from_means(v.of(x), is_double, means, z, batch.stream));
   }
-  for_each_chunk(batch, is_identity ? N : plan.chunk, [&](const Batch& part) {
+  for_each_chunk(batch, plan.chunk, [&](const Batch& part) {
     if (!is_identity) C10_CUDA_CHECK(sum_prologue(part, rescale.x, prologue, {z, partials_at, points}));
     e.forward({z, hidden, h, scale}, part.first, part.samples, part.stream);
     C10_CUDA_CHECK(write_prologue_rescale(part, prologue, data(drop), rescale));
@@ -107,8 +117,18 @@ void Backend<Cuda>::bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackwar
                                   batch_statistics ? slope : nullptr,
                                   batch_statistics ? offset : nullptr};
   const ScaleGradient scale_sums{sums.sums, data(scale), data(drop), grad_t, e.gate(), !is_identity};
-  const Plan plan = Plan::of({x.dtype, x.slab, N, read, written, M, e.weight_bytes(), false}, current_device());
-  for_each_chunk(batch, batch_statistics ? N : plan.chunk, [&](const Batch& part) {
+  const Plan plan = Plan::of({.dtype = x.dtype,
+                              .slab = x.slab,
+                              .samples = N,
+                              .maps_read_twice = read,
+                              .maps_once = written,
+                              .hidden_channels = M,
+                              .weight_bytes = e.weight_bytes(),
+                              .can_cluster = false,
+                              .can_chunk = !batch_statistics,
+                              .has_prologue = true},
+                             current_device());
+  for_each_chunk(batch, plan.chunk, [&](const Batch& part) {
     C10_CUDA_CHECK(sum_prologue_backward(part, prologue, maps, sums));
     C10_CUDA_CHECK(scale_gradient(norm, is_double, scale_sums, part.first, part.samples, part.stream));
     e.backward(vectors, part.first, part.samples, part.stream);

@@ -13,7 +13,6 @@ Device ask(int index) {
     return value;
   };
   Device d{};
-  d.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   d.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   d.l2_bytes = attribute(cudaDevAttrL2CacheSize);
   d.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);

@@ -27,7 +27,6 @@ struct Cuda {
 namespace se_ext::cuda {
 
 struct Device {
-  int capability;  // 10 · major + minor
   int multiprocessors;
   std::int64_t l2_bytes;
   std::int64_t shared_per_block, shared_per_multiprocessor, shared_reserved;  // bytes

@@ -181,6 +181,8 @@ struct ClusterExcitation {
 };
 // Shared memory of each of `cluster` blocks.
 std::int64_t cluster_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, int cluster);
+// Whether the current device has room for such a cluster; has_prologue says which kernel.
+bool cluster_can_launch(DType dtype, const Slab& slab, std::int64_t hidden_channels, bool has_prologue, int cluster);
 // prologue and drop may be null; a prologue's pre is not the identity.
 cudaError_t write_by_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation,
                              const RescaleMaps& maps, const Prologue* prologue, const void* drop);

@@ -20,6 +20,15 @@ struct Work {
   std::int64_t hidden_channels;  // of the excitation
   std::int64_t weight_bytes;     // of both layers
   bool can_cluster;              // the op has such a kernel
+  bool can_chunk;                // what a sample gets does not depend on the others
+  bool has_prologue;
+};
+
+// What the paths are expected to take; infinity for a path that the work cannot take.
+struct Estimate {
+  double cluster_us, chunked_us, whole_us;
+
+  static Estimate of(const Work& work, const Device& device);
 };
 
 struct Plan {
@@ -27,6 +36,7 @@ struct Plan {
   int cluster;         // blocks per sample, where path is Cluster
   std::int64_t chunk;  // samples at a time; all of them where path is Whole
 
+  // Its path is what se_ext::last_cuda_path() names from here on.
   static Plan of(const Work& work, const Device& device);
 };
 

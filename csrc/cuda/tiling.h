@@ -14,6 +14,8 @@
 namespace se_ext::cuda {
 
 constexpr int kThreads = 256;  // per block, in every kernel over the map
+// Of the cluster's kernel, where the shared memory of both has room: plan.cpp counts on the registers of both, too.
+constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kWarp = 32;
 constexpr int kAccessBytes = 16;
 

@@ -36,7 +36,7 @@ from benchmarks.cases.workloads import Use, Workload, read_workloads
 from benchmarks.measure.case import WrongResult
 from benchmarks.measure.timing import Plan, Samples
 from benchmarks.report import pages, plots
-from benchmarks.report.gpu import NO_GPU, gpu_target_table
+from benchmarks.report.gpu import NO_GPU, gpu_target_table, paths_table
 from benchmarks.report.targets import GPU, ON_CHIP_BYTES
 from benchmarks.summary import LARGE, WALL, WORKLOADS
 
@@ -182,6 +182,65 @@ def test_a_step_makes_every_call_of_the_ring_once() -> None:
     assert made == [0, 1, 2, 3, 4] * 2
 
 
+# ---- every path ----
+
+
+class Paths:
+    """In the place of se_ext._C: a GPU that has no room for a cluster and, left alone, takes the chunked path."""
+
+    forced = "auto"
+
+    def set_cuda_path(self, path: str) -> None:
+        self.forced = path
+
+    def last_cuda_path(self) -> str:
+        return {"auto": "chunked", "cluster": "whole"}.get(self.forced, self.forced)
+
+
+def test_every_path_that_can_be_taken_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, times = Paths(), {"auto": 30.0, "chunked": 40.0, "whole": 20.0}
+
+    def timed(steps: dict[str, Any], *_: Any) -> dict[str, Samples]:
+        assert list(steps) == list(times)
+        for step in steps.values():
+            step()
+        return {name: Samples(3, [times[name]] * 2, 0.0) for name in steps}
+
+    monkeypatch.setattr(gpu, "_C", paths)
+    monkeypatch.setattr(gpu, "interleave", timed)
+    monkeypatch.setattr(gpu, "ring_size", lambda *_: 10)
+    row = gpu.PathsCase(case(device="cpu")).measure(ONE_CALL)
+    assert paths.forced == "auto"
+    assert row["chosen"] == "chunked"
+    assert row["time_us"]["cluster"] is None
+    assert {path: time["median"] for path, time in row["time_us"].items() if time} == {
+        "auto": 3.0,
+        "chunked": 4.0,
+        "whole": 2.0,
+    }
+    shown = paths_table([row, {**row, "chosen": "whole"}])
+    assert shown is not None
+    lines = [line.replace(" ", "") for line in shown.splitlines()[-2:]]
+    assert lines[0].endswith("|chunked|3.0|–|4.0|2.0|**no**|")
+    assert lines[1].endswith("|whole|3.0|–|4.0|2.0|yes|")
+    assert paths_table([]) is None
+
+
+def test_a_path_with_another_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = Paths()
+    block = gpu.build
+
+    def wrong_when_whole(name: str, problem: Any) -> Any:
+        module = block(name, problem)
+        return lambda x: module(x) + (paths.forced == "whole")
+
+    monkeypatch.setattr(gpu, "_C", paths)
+    monkeypatch.setattr(gpu, "build", wrong_when_whole)
+    with pytest.raises(WrongResult, match="the path whole gives another result than chunked"):
+        gpu.measure_paths(case(device="cpu"), CPU, ONE_CALL)
+    assert paths.forced == "auto"
+
+
 # ---- the run ----
 
 
@@ -217,16 +276,18 @@ def test_a_run_with_a_row_that_fails_has_failed(tmp_path: Path, monkeypatch: pyt
     assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 1  # the CPU's
 
 
-def test_memory_comes_first_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_memory_come_first_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "gpu_facts", lambda where: {"cuda": "13.0"})
     work = gpu.work("", layout=("nchw", "nhwc"), device=("cuda", "cpu"), variants=(), quick=False)
     kinds = [found.kind for found in work.cases]
-    assert kinds[:16] == ["memory"] * 16
+    assert kinds[:12] == ["paths"] * 12  # three shapes, two dtypes, two layouts
+    assert kinds[12:28] == ["memory"] * 16
+    assert kinds.count("paths") == 12
     assert kinds.count("memory") == 16
     assert kinds.count("the CPU") == 2 * len(read_workloads()[0])
     assert all(found.device == "cuda" for found in work.cases if isinstance(found, GpuCase))
-    assert work.facts["gpu"] == {"cuda": "13.0"}
+    assert work.facts == {"gpu": {"cuda": "13.0"}, "memory": [], "paths": []}
 
 
 def test_run_writes_what_it_promises(tmp_path: Path) -> None:

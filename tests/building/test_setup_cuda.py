@@ -132,9 +132,26 @@ echo end >> {tmp_path}/log
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["libcudart.so", "libcudart.so.13"], "cudart"),
+        (["libcudart.so.13"], ":libcudart.so.13"),
+        (["libcudart.so.12"], "cudart"),  # another version: the linker says what it lacks
+        ([], "cudart"),
+    ],
+)
+def test_the_runtime_library_of_a_wheel_has_a_version_in_its_name(
+    tmp_path: Path, files: list[str], expected: str
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    assert setup_cuda.runtime_library(setup_cuda.Toolkit("nvcc", "13.0", KNOWN, (), (str(tmp_path),))) == expected
+
+
 def test_a_build_without_cuda_says_so() -> None:
     if _C.cuda_toolkit():
         pytest.skip("this build has CUDA")
-    assert (_C.cuda_architectures(), _C.cuda_path()) == ([], "")
+    assert (_C.cuda_architectures(), _C.cuda_path(), _C.last_cuda_path()) == ([], "", "")
     with pytest.raises(ValueError, match=r"^set_cuda_path: se_ext was built without CUDA.*FORCE_CUDA=1"):
         _C.set_cuda_path("whole")

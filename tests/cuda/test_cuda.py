@@ -9,6 +9,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -62,6 +63,13 @@ def on_cuda(on_the_device: None, fresh_random_data: None) -> Iterator[None]:
     with tensors_on(CUDA):
         yield
         torch.cuda.synchronize()
+
+
+def fits_a_cluster(x: Tensor) -> bool:
+    """On a GPU with clusters, of which eight thread blocks share a sample; none of SHAPES is close to the limit."""
+    blocks = 8 if torch.cuda.get_device_capability() >= (9, 0) else 1
+    room = torch.cuda.get_device_properties(CUDA).shared_memory_per_block_optin
+    return x[0].nbytes < 0.9 * blocks * room
 
 
 @pytest.fixture
@@ -263,6 +271,72 @@ def test_a_graph_replays_eagers_bits(call, dtype, channels_last):
             assert_same_bits(found, expected)
 
 
+@layouts
+def test_two_shapes_in_one_graph(channels_last, path):
+    """One kernel, with much shared memory and with little: neither launch lowers the limit of the other."""
+    path("cluster")
+    problems = [Problem((4, 64, side, side), channels_last=channels_last) for side in (48, 28, 56)]
+
+    def call() -> list[Tensor]:
+        return [t for problem in problems for t in problem.forward()]
+
+    graph, found = captured(call)
+    for problem in problems:
+        problem.draw_again()
+    expected = call()
+    for _ in range(3):
+        for t in found:
+            t.fill_(torch.nan)
+        graph.replay()
+        assert_same_bits(found, expected)
+
+
+CAPTURED_FIRST = """
+import torch, se_ext
+from se_ext import _C
+_C.set_cuda_path({path!r})
+draw = lambda *shape: torch.randn(shape, device="cuda")
+x, w1, w2 = draw(4, 64, 48, 48), draw(8, 64), draw(64, 8)
+graph = torch.cuda.CUDAGraph()
+with torch.no_grad(), torch.cuda.graph(graph):
+    y = se_ext.squeeze_excite(x, w1, None, w2, None)
+assert _C.last_cuda_path() == {path!r}
+graph.replay()
+torch.cuda.synchronize()
+with torch.no_grad():
+    assert torch.equal(y, se_ext.squeeze_excite(x, w1, None, w2, None))
+"""
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_capture_without_a_call_before_it(name):
+    """The first call of a process is captured: loading a kernel, and asking the driver about it, is allowed there."""
+    program = CAPTURED_FIRST.format(path=name)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_thousand_replays_beside_copies(name, path):
+    """The same bits each time, while another stream keeps memory and caches busy."""
+    path(name)
+    problem = Problem((24, 256, 28, 28), torch.bfloat16)
+    graph, found = captured(lambda: [problem.forward()[4]])
+    graph.replay()
+    expected = found[0].clone()
+    differ = torch.zeros((), dtype=torch.int64)
+    side, busy = torch.cuda.Stream(), torch.empty(2**27, dtype=torch.uint8)
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(1000):
+        with torch.cuda.stream(side):
+            busy[: 2**26].copy_(busy[2**26 :])
+        found[0].fill_(torch.nan)
+        graph.replay()
+        differ += (found[0].view(torch.int16) != expected.view(torch.int16)).any()
+    torch.cuda.current_stream().wait_stream(side)
+    assert int(differ) == 0
+
+
 def test_a_graph_of_the_op_in_place():
     problem = Problem()
     target = problem.x.clone()
@@ -324,6 +398,9 @@ def test_every_path_gives_the_same_bits(shape, channels_last, dtype, path):
     expected = problem.forward() + (problem.bn_forward() if many else [])
     for name in PATHS:
         path(name)
+        with torch.no_grad():
+            se_ext.squeeze_excite(problem.x, *problem.weights)
+        assert _C.last_cuda_path() == (name if name != "cluster" or fits_a_cluster(problem.x) else "whole")
         assert_same_bits(problem.forward() + (problem.bn_forward() if many else []), expected, name)
         target = problem.x.clone()
         with torch.no_grad():
@@ -429,6 +506,30 @@ def test_the_cpu_and_the_gpu_agree(shape, channels_last, dtype):
         assert error <= 8 * torch.finfo(dtype).eps + 100 * torch.finfo(accumulate).eps, (i, error)
 
 
+# ---- threads ----
+
+
+@layouts
+@pytest.mark.parametrize("name", PATHS)
+def test_two_threads_with_different_shapes(name, channels_last, path):
+    """On streams of their own, through one kernel with different amounts of shared memory."""
+    path(name)
+    problems = [Problem((4, 64, side, side), channels_last=channels_last) for side in (48, 28)]
+    expected = [problem.forward() for problem in problems]
+    torch.cuda.synchronize()
+
+    def run(problem: Problem) -> list[list[Tensor]]:
+        with torch.cuda.stream(torch.cuda.Stream(CUDA)):
+            found = [problem.forward() for _ in range(200)]
+            torch.cuda.current_stream().synchronize()
+            return found
+
+    with ThreadPoolExecutor(2) as pool:
+        for found, one in zip(pool.map(run, problems), expected, strict=True):
+            for tensors in found:
+                assert_same_bits(tensors, one)
+
+
 # ---- memory ----
 
 
@@ -467,8 +568,10 @@ def test_a_training_step_takes_results_and_gradients(channels_last):
 
 @pytest.mark.slow
 @layouts
-def test_more_than_2_to_the_31_elements(channels_last):
+@pytest.mark.parametrize("name", PATHS)
+def test_more_than_2_to_the_31_elements(name, channels_last, path):
     """4.3 GB of bfloat16: each of the samples at both ends gives what it gives alone, forward and backward."""
+    path(name)
     shape = (2**31 // (256 * 56 * 56) + 3, 256, 56, 56)
     x, grad = (torch.empty(shape, dtype=torch.bfloat16, memory_format=memory_format(4, channels_last)) for _ in "xg")
     assert x.numel() > 2**31
@@ -480,6 +583,7 @@ def test_more_than_2_to_the_31_elements(channels_last):
     def run(first: int, last: int) -> list[Tensor]:
         leaf = x[first:last].detach().requires_grad_()
         y = se_ext.squeeze_excite(leaf, *weights, post_activation="relu")
+        assert _C.last_cuda_path() == name
         return [y.detach(), *torch.autograd.grad(y, leaf, grad[first:last])]
 
     whole = run(0, len(x))

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +57,17 @@ LAYOUTS = {"first": False, "last": True}
 
 
 def host() -> ctypes.CDLL:
-    return ctypes.CDLL(CUDA_HOST)
+    library = ctypes.CDLL(CUDA_HOST)
+    library.cuda_host_last_path.restype = ctypes.c_char_p
+    return library
 
 
 def set_path(name: str) -> None:
     host().cuda_host_set_path(name.encode())
+
+
+def last_path() -> str:
+    return host().cuda_host_last_path().decode()
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +83,8 @@ def longest(shape: tuple[int, ...], hidden: int) -> int:
 class Problem:
     """A map with all that stands around it, in one dtype and layout."""
 
+    took = took_behind_prologue = ""  # the paths of the last inference
+
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, last: bool, hidden: int = 12, wide: bool = False):
         self.shape, self.dtype, self.hidden = shape, dtype, hidden
         self.x, self.residual, self.grad = (make_map(shape, dtype, last) for _ in range(3))
@@ -87,6 +97,7 @@ class Problem:
         """Plain; with a residual and an activation; behind an affine map and an activation."""
         with torch.no_grad():
             plain = se_ext.squeeze_excite(self.x, *self.weights)
+            self.took = last_path()
             tail = se_ext.squeeze_excite(self.x, *self.weights, "silu", "hardsigmoid", self.residual, "gelu")
             op = torch.ops.se_ext.bn_squeeze_excite
             y, _, _ = op(
@@ -96,6 +107,7 @@ class Problem:
                 *(self.x, *self.bn, *self.weights, False, 1e-5),
                 *("hardswish", "tanh", "sigmoid", self.residual, "relu", self.drop),
             )
+            self.took_behind_prologue = last_path()
             return [plain, tail, y, z]
 
     def step(self) -> list[Tensor]:
@@ -125,12 +137,20 @@ class Problem:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_path_gives_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
-    """And right ones. The order of the threads is another one each time."""
+    check_every_path(shape, dtype, last, cluster_bytes=8 * 200_000)
+
+
+def check_every_path(shape: tuple[int, ...], dtype: torch.dtype, last: bool, cluster_bytes: int) -> None:
+    """The same bits, and right ones; a forced path is taken, but a cluster's where a slab has more than cluster_bytes.
+    The order of the threads is another one each time."""
     problem = Problem(shape, dtype, last, wide=dtype is torch.float16)
     expected = None
     for path in PATHS:
         set_path(path)
         found = problem.inference() + (problem.step() if path != "cluster" else [])
+        if path != "auto":
+            took = "whole" if path == "cluster" and problem.x[0].nbytes > cluster_bytes else path
+            assert (problem.took, problem.took_behind_prologue) == (took, took)
         if expected is None:
             expected = found
         assert_same_bits(found, expected[: len(found)], f"{path} and {PATHS[0]}")
@@ -163,6 +183,20 @@ def test_the_path_on_an_h200(
     assert ("cluster", "chunked", "whole")[host().cuda_host_plan(half, last, channels, points, samples, hidden)] == path
 
 
+def test_what_is_written_down_is_what_the_plan_expects() -> None:
+    """The table in docs/tuning.md, which a measurement on a GPU is to be held against."""
+    row = r"^\| (\d+)×(\d+)×(\d+)×(\d+) \| (\d+) \| (float32|bfloat16) \| (.*) \| (.*) \| (.*) \| (\w+) \|$"
+    rows = re.findall(row, (TESTS.parent / "docs" / "tuning.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for samples, channels, height, width, hidden, dtype, *times, chosen in rows:
+        points = int(height) * int(width)
+        work = [ctypes.c_long(value) for value in (int(channels), points, int(samples), int(hidden))]
+        expected = (ctypes.c_double * 3)()
+        host().cuda_host_estimate(dtype == "bfloat16", False, *work, expected)
+        assert times == [f"{us:.1f}" if math.isfinite(us) else "–" for us in expected]
+        assert ("cluster", "chunked", "whole")[host().cuda_host_plan(dtype == "bfloat16", False, *work)] == chosen
+
+
 @pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("samples", [1, 20, 140])
 def test_clusters_are_as_large_as_the_batch_is_small(samples: int, last: bool) -> None:
@@ -173,6 +207,71 @@ def test_clusters_are_as_large_as_the_batch_is_small(samples: int, last: bool) -
         host().cuda_host_largest_cluster()
         problem.inference()
         assert host().cuda_host_largest_cluster() == (1 if path != "cluster" else {1: 8, 20: 4, 140: 1}[samples])
+
+
+def run_with(set_up: str, program: str) -> list[str]:
+    """What the program prints. A kernel and a device are asked once what they are: another answer needs another
+    process."""
+    folders = [str(TESTS), str(Path(__file__).parent)]
+    start = f"import sys, torch\nsys.path[:0] = {folders}\nimport helpers, test_cuda_host as t\nhost = t.host()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{start}{set_up}\n{program}"], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.split()
+
+
+# Its slab needs eight thread blocks.
+NEEDS_A_CLUSTER = (2, 72, 48, 64)
+EVERY_PATH = """
+torch.manual_seed(1)
+for last in (False, True):
+    for shape in (t.NEEDS_A_CLUSTER, (2, 72, 7, 33)):
+        problem, results = t.Problem(shape, torch.float32, last), []
+        for path in ("whole", "cluster"):
+            t.set_path(path)
+            results.append(problem.inference())
+            print(problem.took, problem.took_behind_prologue)
+        helpers.assert_same_bits(*results, "cluster and whole")
+print(host.cuda_host_largest_cluster())
+"""
+
+
+def test_room_for_clusters() -> None:
+    """A whole GPU, and a part of one whose clusters are of two thread blocks at most: no path fails."""
+    both, neither = ["whole", "whole", "cluster", "cluster"], ["whole"] * 4
+    assert run_with("", EVERY_PATH) == [*(both + both) * 2, "8"]
+    assert run_with("host.cuda_host_set_room(2)", EVERY_PATH) == [*(neither + both) * 2, "2"]
+
+
+def test_ptx_of_a_gpu_without_clusters_on_one_that_has_them() -> None:
+    """As a build for 8.0+PTX runs on sm_90: only slabs that fit into one thread block take the cluster's kernel."""
+    both, neither = ["whole", "whole", "cluster", "cluster"], ["whole"] * 4
+    assert run_with("host.cuda_host_set_ptx(80)", EVERY_PATH) == [*(neither + both) * 2, "1"]
+
+
+def test_shapes_side_by_side_in_two_threads() -> None:
+    """One kernel, with much shared memory in one thread and with little in the other: the limit is set once, and never
+    lowered."""
+    large, small = (Problem((1, 72, *size), torch.float32, False) for size in ((32, 48), (24, 48)))
+    expected = [problem.inference() for problem in (large, small)]
+    set_path("cluster")
+    limits = ctypes.c_int(), ctypes.c_int()
+    host().cuda_host_limits(*map(ctypes.byref, limits))
+
+    def run(problem: Problem) -> list[list[Tensor]]:
+        return [problem.inference() for _ in range(8)]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, (large, small)))
+    assert last_path() == "cluster"
+    for runs, one in zip(found, expected, strict=True):
+        for tensors in runs:
+            assert_same_bits(tensors, one)
+    host().cuda_host_limits(*map(ctypes.byref, limits))
+    times_set, times_lowered = (limit.value for limit in limits)
+    assert times_lowered == 0
+    assert times_set <= 2  # of the kernels with and without a prologue, unless an earlier test has
 
 
 @pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
@@ -316,7 +415,7 @@ torch.manual_seed(1)
 for shape in test_cuda_host.SHAPES.values():
     for dtype in helpers.DTYPES:
         for last in (False, True):
-            test_cuda_host.test_every_path_gives_the_same_bits(shape, dtype, last)
+            test_cuda_host.check_every_path(shape, dtype, last, cluster_bytes=60_000)
 print("done", host.cuda_host_largest_cluster())
 """
 

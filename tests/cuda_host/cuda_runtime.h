@@ -190,7 +190,15 @@ enum cudaDeviceAttr {
 
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 15,
+};
+
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+
+struct cudaFuncAttributes {
+  std::size_t sharedSizeBytes;
+  int ptxVersion, binaryVersion;
 };
 
 enum cudaLaunchAttributeID {
@@ -227,9 +235,20 @@ cudaError_t cudaPeekAtLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads,
+                                                          std::size_t dynamic_bytes);
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config);
 
 // The attributes are those of an H200 until a test says otherwise.
 extern "C" __attribute__((visibility("default"))) void cuda_host_set_attribute(int attribute, int value);
+// The architecture whose PTX the driver translated for the device (80: that of "8.0+PTX"); 0: compiled for the device.
+extern "C" __attribute__((visibility("default"))) void cuda_host_set_ptx(int architecture);
+// The most blocks of a cluster that find room, as on a part of a GPU; 0: as many as a whole GPU has room for.
+extern "C" __attribute__((visibility("default"))) void cuda_host_set_room(int blocks);
+// How often a kernel's limit of dynamic shared memory was set, and how often to less than before, since the last call.
+extern "C" __attribute__((visibility("default"))) void cuda_host_limits(int* set, int* lowered);
 // The most blocks in a cluster that a launch asked for since this was called last; 0 without a launch.
 extern "C" __attribute__((visibility("default"))) int cuda_host_largest_cluster();
 
@@ -241,8 +260,6 @@ inline constinit std::atomic<bool> has_guards = false;
 inline constinit thread_local int guards = 0;
 inline const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(0x5e);
 
-cudaError_t set_kernel_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
-
 // Calls body(arguments) once for every thread of the grid.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* arguments);
 
@@ -250,7 +267,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
 
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
-  return cuda_host::set_kernel_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
 template <class... Expected, class... Actual>

@@ -339,6 +339,7 @@ void run(const Launch& l) {
 }
 
 void wait(Barrier kind, Place where) {
+  if (kind == Barrier::Cluster && !current->knows_clusters) kind = Barrier::Block;
   wait_in(meeting_of(*here, kind), kind, where);
 }
 
@@ -378,16 +379,17 @@ void require_aligned(const char* what, const void* address, std::size_t alignmen
 }
 
 int cluster_size() {
-  return static_cast<int>(blocks.size());
+  return current->knows_clusters ? static_cast<int>(blocks.size()) : 1;
 }
 
 int cluster_rank() {
-  return here->block->rank;
+  return current->knows_clusters ? here->block->rank : 0;
 }
 
 const void* shared_of_rank(const void* address, std::size_t bytes, int rank) {
   if (rank < 0 || rank >= cluster_size()) fail("shared_of_rank: rank %d in a cluster of %d", rank, cluster_size());
   require_shared("shared_of_rank", address, bytes);
+  if (!current->knows_clusters) return address;
   if (blocks[rank].running == 0) fail("shared_of_rank: the block of rank %d has exited", rank);
   return blocks[rank].shared + (static_cast<const char*>(address) - here->block->shared);
 }

@@ -11,6 +11,7 @@ struct Launch {
   const void* kernel;
   void (*body)(void*);
   void* arguments;
+  bool knows_clusters;  // else the device's code was compiled for a GPU without: a block takes itself for the only one
 };
 
 // One launch at a time; the caller sees to it.

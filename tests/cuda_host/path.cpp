@@ -8,12 +8,37 @@ EXPORTED void cuda_host_set_path(const char* path) {
   se_ext::set_cuda_path(path);
 }
 
-// The path that an inference would take: 0 cluster, 1 chunked, 2 whole.
-EXPORTED int cuda_host_plan(bool is_half, bool is_last, long channels, long points, long samples, long hidden) {
+EXPORTED const char* cuda_host_last_path() {
+  static thread_local std::string path;
+  path = se_ext::last_cuda_path();
+  return path.c_str();
+}
+
+namespace {
+
+se_ext::cuda::Work work_of(bool is_half, bool is_last, long channels, long points, long samples, long hidden) {
   using namespace se_ext;
   const DType type = is_half ? DType::BFloat16 : DType::Float32;
   const Slab slab{channels, points, is_last ? Layout::ChannelsLast : Layout::ChannelsFirst};
   const long weight_bytes = 2 * channels * hidden * (is_half ? 2 : 4);
-  const cuda::Work work{type, slab, samples, 1, 1, hidden, weight_bytes, true};
-  return static_cast<int>(cuda::Plan::of(work, cuda::current_device()).path);
+  return {type, slab, samples, 1, 1, hidden, weight_bytes, true, true, false};
+}
+
+}  // namespace
+
+// The path that an inference would take: 0 cluster, 1 chunked, 2 whole.
+EXPORTED int cuda_host_plan(bool is_half, bool is_last, long channels, long points, long samples, long hidden) {
+  using namespace se_ext::cuda;
+  return static_cast<int>(
+      Plan::of(work_of(is_half, is_last, channels, points, samples, hidden), current_device()).path);
+}
+
+// The µs that the plan expects of each path, in this order.
+EXPORTED void cuda_host_estimate(bool is_half, bool is_last, long channels, long points, long samples, long hidden,
+                                 double* us) {
+  using namespace se_ext::cuda;
+  const Estimate e = Estimate::of(work_of(is_half, is_last, channels, points, samples, hidden), current_device());
+  us[0] = e.cluster_us;
+  us[1] = e.chunked_us;
+  us[2] = e.whole_us;
 }

@@ -194,6 +194,11 @@ __global__ void rank_kernel(int rank, int at) {
   shared_of_rank(dynamic_shared() + at, rank);
 }
 
+__global__ void alone_kernel(int* out) {
+  cluster_barrier();
+  out[blockIdx.x] = 10 * cluster_size() + cluster_rank();
+}
+
 __global__ void no_wait_kernel(const uint4* from) {
   copy16(dynamic_shared(), from);
 }
@@ -329,7 +334,39 @@ void test_errors() {
   cudaFuncSetAttribute(nothing_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   expect(fails({.grid = 16, .cluster = 16}, cudaSuccess), "a cluster of 16 blocks, allowed");
 
-  int value = 0;
+  int value = 0, set = 0, lowered = 0;
+  cuda_host_limits(&set, &lowered);
+  cudaFuncSetAttribute(nothing_kernel, kBytes, 100000);
+  expect(fails({.shared = 100001}, cudaErrorInvalidValue), "more than a limit that was lowered");
+  cuda_host_limits(&set, &lowered);
+  expect(set == 1 && lowered == 1, "a limit that was lowered is counted");
+  const auto* nothing = reinterpret_cast<const void*>(nothing_kernel);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&value, nothing, 32, 100000);
+  expect(value == 2, "thread blocks per multiprocessor");
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&value, nothing, 32, 100001);
+  expect(value == 0, "… none above the kernel's limit");
+  const auto clusters = [&](unsigned blocks) {
+    cudaLaunchAttribute attribute{cudaLaunchAttributeClusterDimension, {{blocks, 1, 1}}};
+    const cudaLaunchConfig_t config{blocks, 32, 100000, nullptr, &attribute, 1};
+    int count = -1;
+    return cudaOccupancyMaxActiveClusters(&count, nothing, &config) == cudaSuccess ? count : -1;
+  };
+  expect(clusters(4) == 66, "clusters at a time");
+  cuda_host_set_room(2);
+  expect(clusters(4) == 0 && clusters(2) == 132, "clusters in a part of a GPU");
+  expect(fails({.grid = 4, .cluster = 4}, cudaErrorInvalidClusterSize), "… launched");
+  cuda_host_set_room(0);
+  cudaFuncAttributes attributes{};
+  cudaFuncGetAttributes(&attributes, nothing);
+  expect(attributes.ptxVersion == 90 && attributes.binaryVersion == 90, "what a kernel was compiled for");
+  cuda_host_set_ptx(80);
+  cudaFuncGetAttributes(&attributes, nothing);
+  int ranks[2] = {-1, -1};
+  launch({.grid = 2, .cluster = 2}, alone_kernel, ranks);
+  expect(attributes.ptxVersion == 80 && attributes.binaryVersion == 90 && ranks[0] == 10 && ranks[1] == 10,
+         "in code for a GPU without clusters each block is the only one");
+  cuda_host_set_ptx(0);
+
   cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 0);
   expect(value == 132, "an attribute");
   cuda_host_set_attribute(cudaDevAttrMultiProcessorCount, 3);

@@ -1,9 +1,9 @@
 // The whole block of a sample in one kernel: the blocks of a cluster keep the sample's slab in their shared memory from
 // the squeeze to the rescale, so that x is read once. Before sm_90 a cluster is one block.
 //
-// ChannelsFirst: each block keeps some of the channels; it squeezes and rescales them alone, and needs the others' z
-// and h. ChannelsLast: each block keeps some of the tiles of points, and needs the others' sums, h and scale. Sums are
-// taken by the functions that the other paths use, in the same order.
+// In both layouts each block keeps some of the channels; it squeezes and rescales them alone, and needs the others' z
+// and h. Sums are taken by the functions that the other paths use, in the same order.
+#include "../clusters.h"
 #include "dense.cuh"
 #include "prologue.cuh"
 
@@ -149,7 +149,7 @@ SE_EXT_DEVICE void gather(A* vector, std::int64_t items, std::int64_t unit, int 
 enum class Writing { Rows, AcrossRows, Bands };
 
 template <Writing writing, int n, class Squeeze, class Rescale>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     block_kernel(Squeeze squeeze, Rescale rescale, BlockWork<acc_t<typename Squeeze::value_type>> w) {
   using T = typename Squeeze::value_type;
   using A = acc_t<T>;
@@ -168,12 +168,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (writing == Writing::Bands) {
     squeeze.x = fetch_rows<n>(squeeze.x + sample * C * P + mine.begin, P, width, C, shared);
   } else {
-    // The visitors go on counting from the start of the batch.
-    const std::int64_t offset = (sample * C + mine.begin) * P;
-    squeeze.x = fetch(squeeze.x + offset, width * P, shared) - offset;
+    squeeze.x = fetch(squeeze.x + (sample * C + mine.begin) * P, width * P, shared);
   }
+  // In shared memory x begins with this block's share, and the scale is this sample's alone.
   rescale.x = squeeze.x;
-  rescale.scale = scale - sample * C;
+  rescale.scale = scale;
+  rescale.channels = 0;
   const auto x_of_band = [=](std::int64_t point, std::int64_t channel) { return point * width + channel - mine.begin; };
   copies_wait();
   __syncthreads();
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const std::int64_t c = start + thread / w.tiling.lanes;
       const std::int64_t channel = c < mine.end ? c : mine.end - 1;
       const A sum = sum_tiles<A>(tiles, [&](std::int64_t t) {
-        return sum_row<n>(squeeze, sample, channel, sample * C + channel, t, w.tiling, P / n).part[0][0];
+        return sum_row<n>(squeeze, sample, channel, channel - mine.begin, t, w.tiling, P / n).part[0][0];
       });
       if (c < mine.end && (thread & (w.tiling.lanes - 1)) == 0) z[channel] = sum / static_cast<A>(P);
     }
@@ -222,12 +222,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (writing == Writing::Rows) {
     const int lanes = w.tiling.lanes;
     for (std::int64_t c = mine.begin + thread / lanes; c < mine.end; c += kThreads / lanes) {
-      for (std::int64_t t = 0; t < tiles; ++t) write_row<n>(rescale, sample, c, sample * C + c, t, w.tiling, P / n);
+      for (std::int64_t t = 0; t < tiles; ++t) {
+        write_row<n>(rescale, sample, c, sample * C + c, c - mine.begin, t, w.tiling, P / n);
+      }
     }
   } else if constexpr (writing == Writing::AcrossRows) {
     constexpr int kAccess = kFull<T>;
-    write_across_rows<kAccess>(rescale, sample, mine.begin * P / kAccess, mine.end * P / kAccess, thread, kThreads, C,
-                               w.by_points);
+    write_across_rows<kAccess>(rescale, sample, -mine.begin * P, mine.begin * P / kAccess, mine.end * P / kAccess,
+                               thread, kThreads, C, w.by_points);
   } else {
     for (std::int64_t first = mine.begin; first < mine.end; first += w.tiling.width * n) {
       write_band<n>(rescale, sample, first, mine.end, 0, P, w.tiling, C, P, x_of_band);
@@ -254,11 +256,23 @@ SharedPlan<A> shared_plan(DType type, const Slab& slab, std::int64_t hidden_chan
           in_bands ? kThreads * Tiling::of(slab, type).access : 0};
 }
 
-template <Writing writing, int n, class Squeeze, class Rescale>
+// f(kernel) with the kernel of a slab
+template <class Squeeze, class Rescale, class F>
+auto with_kernel(const Slab& slab, DType type, const F& f) {
+  using T = typename Squeeze::value_type;
+  const int access = Tiling::of(slab, type).access;
+  if (slab.layout == Layout::ChannelsLast) {
+    return access == 1 ? f(block_kernel<Writing::Bands, 1, Squeeze, Rescale>)
+                       : f(block_kernel<Writing::Bands, kFull<T>, Squeeze, Rescale>);
+  }
+  if (writes_across_rows(slab, type)) return f(block_kernel<Writing::AcrossRows, 1, Squeeze, Rescale>);
+  return with_access<T>(access, [&]<int n>() { return f(block_kernel<Writing::Rows, n, Squeeze, Rescale>); });
+}
+
+template <class Squeeze, class Rescale>
 cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation, const Squeeze& squeeze,
                            const Rescale& rescale) {
   using A = acc_t<typename Squeeze::value_type>;
-  const auto kernel = block_kernel<writing, n, Squeeze, Rescale>;
   const auto layer = [](const Layer& l) {
     const DotPlan plan(l.columns, l.type);
     return BlockLayer{l.weight, l.bias, plan.access, plan.lanes, l.activation};
@@ -278,11 +292,6 @@ cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitat
                           static_cast<A*>(excitation.hidden),
                           static_cast<A*>(excitation.scale)};
   const std::int64_t shared = shared_plan<A>(batch.dtype, batch.slab, excitation.first.rows, cluster).bytes;
-  if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -294,23 +303,9 @@ cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitat
   config.stream = batch.stream;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, squeeze, rescale, work);
-}
-
-template <class Squeeze, class Rescale>
-cudaError_t choose_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation, const Squeeze& squeeze,
-                           const Rescale& rescale) {
-  using T = typename Squeeze::value_type;
-  const Tiling tiling = Tiling::of(batch.slab, batch.dtype);
-  if (batch.slab.layout == Layout::ChannelsLast) {
-    return tiling.access == 1 ? launch_cluster<Writing::Bands, 1>(batch, cluster, excitation, squeeze, rescale)
-                              : launch_cluster<Writing::Bands, kFull<T>>(batch, cluster, excitation, squeeze, rescale);
-  }
-  if (writes_across_rows(batch.slab, batch.dtype)) {
-    return launch_cluster<Writing::AcrossRows, 1>(batch, cluster, excitation, squeeze, rescale);
-  }
-  return with_access<T>(tiling.access, [&]<int n>() {
-    return launch_cluster<Writing::Rows, n>(batch, cluster, excitation, squeeze, rescale);
+  return with_kernel<Squeeze, Rescale>(batch.slab, batch.dtype, [&](auto kernel) {
+    const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
+    return error != cudaSuccess ? error : cudaLaunchKernelEx(&config, kernel, squeeze, rescale, work);
   });
 }
 
@@ -321,6 +316,15 @@ std::int64_t cluster_shared_bytes(DType dtype, const Slab& slab, std::int64_t hi
                                  : shared_plan<float>(dtype, slab, hidden_channels, cluster).bytes;
 }
 
+bool cluster_can_launch(DType dtype, const Slab& slab, std::int64_t hidden_channels, bool has_prologue, int cluster) {
+  const ClusterShape shape{cluster, kThreads, cluster_shared_bytes(dtype, slab, hidden_channels, cluster)};
+  const auto ask = [&](auto kernel) { return can_launch(reinterpret_cast<const void*>(kernel), shape); };
+  return with_type(dtype, [&]<class T>(T) {
+    return has_prologue ? with_kernel<SumPrologue<T>, WritePrologueRescale<T, Any, Any>>(slab, dtype, ask)
+                        : with_kernel<SumInput<T>, WriteRescale<T, Any>>(slab, dtype, ask);
+  });
+}
+
 cudaError_t write_by_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation, const RescaleMaps& m,
                              const Prologue* prologue, const void* drop) {
   if (batch.samples == 0 || batch.slab.channels == 0 || batch.slab.points == 0) return cudaSuccess;
@@ -328,13 +332,13 @@ cudaError_t write_by_cluster(const Batch& batch, int cluster, const ClusterExcit
     using A = acc_t<T>;
     const T* x = static_cast<const T*>(m.x);
     if (prologue) {
-      return choose_cluster(
+      return launch_cluster(
           batch, cluster, excitation,
           SumPrologue<T>{
               {x}, static_cast<const A*>(prologue->a), static_cast<const A*>(prologue->b), Any(prologue->pre)},
           make_rescale<T>(batch, *prologue, drop, m, Any(prologue->pre), Any(m.post)));
     }
-    return choose_cluster(batch, cluster, excitation, SumInput<T>{x},
+    return launch_cluster(batch, cluster, excitation, SumInput<T>{x},
                           WriteRescale<T, Any>{x, nullptr, static_cast<const T*>(m.residual), static_cast<T*>(m.y),
                                                Any(m.post), batch.slab.channels, batch.streaming});
   });

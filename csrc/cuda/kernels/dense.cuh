@@ -18,7 +18,8 @@ struct DotPlan {
 };
 
 // weight · vectors[s] for `samples` vectors that lie `stride` apart, by `lanes` neighbours, all of which return the
-// results. Every thread of the warp must come here.
+// results. Weights and vectors are read 16 bytes at a time where n is more than one: they begin at multiples of n
+// values. Every thread of the warp must come here.
 template <int n, int samples, class W, class A>
 SE_EXT_DEVICE Lanes<A, samples> dot(const W* weight, const A* vectors, std::int64_t stride, std::int64_t length,
                                     int lane_count) {
@@ -30,7 +31,7 @@ SE_EXT_DEVICE Lanes<A, samples> dot(const W* weight, const A* vectors, std::int6
     const Lanes<A, n> w = load<n>(weight + i);
     SE_EXT_UNROLL
     for (int s = 0; s < samples; ++s) {
-      const A* v = vectors + s * stride + i;
+      const Lanes<A, n> v = load<n>(vectors + s * stride + i);
       SE_EXT_UNROLL
       for (int j = 0; j < n; ++j) sums[s][j] = multiply_add(w[j], v[j], sums[s][j]);
     }

@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(kThreads, 1) write_rows(Visitor visitor, Work 
     const auto [row, tile] = w.by_tiles(w.items - 1 - item);
     const auto [sample, channel] = w.by_next(row);
     const std::int64_t in_batch = w.first_sample + sample;
-    write_row<n>(visitor, in_batch, channel, in_batch * w.channels + channel, tile, w.tiling, w.points / n);
+    const std::int64_t row_in_batch = in_batch * w.channels + channel;
+    write_row<n>(visitor, in_batch, channel, row_in_batch, row_in_batch, tile, w.tiling, w.points / n);
   }
 }
 
@@ -113,7 +114,9 @@ __global__ void __launch_bounds__(kThreads, 1) write_linear(Visitor visitor, Wor
     const auto [sample, chunk] = w.by_tiles(w.items - 1 - item);
     const std::int64_t begin = chunk * w.extent;
     const std::int64_t end = begin + w.extent < accesses ? begin + w.extent : accesses;
-    write_across_rows<n>(visitor, w.first_sample + sample, begin, end, threadIdx.x, kThreads, w.channels, w.by_next);
+    const std::int64_t in_batch = w.first_sample + sample;
+    write_across_rows<n>(visitor, in_batch, in_batch * w.channels * w.points, begin, end, threadIdx.x, kThreads,
+                         w.channels, w.by_next);
   }
 }
 

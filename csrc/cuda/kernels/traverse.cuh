@@ -85,8 +85,8 @@ SE_EXT_DEVICE void add_all(const Visitor& visitor, const Prepared& prepared, std
   }
 }
 
-// A tile of a row, summed by `lanes` neighbours of a warp: all of them return the sums. Every thread of the warp must
-// come here.
+// A tile of a row, summed by `lanes` neighbours of a warp: all of them return the sums. `row` counts the rows where x
+// lies. Every thread of the warp must come here.
 template <int n, class Visitor>
 SE_EXT_DEVICE Accumulators<Visitor, 1> sum_row(const Visitor& visitor, std::int64_t sample, std::int64_t channel,
                                                std::int64_t row, std::int64_t tile, const Tiling& tiling,
@@ -171,25 +171,26 @@ SE_EXT_DEVICE void write_all(const Visitor& visitor, const Prepared& prepared, s
   }
 }
 
-// A tile of a row, by `lanes` neighbours of a warp.
+// A tile of a row, by `lanes` neighbours of a warp; `row` counts the rows of the maps, `x_row` those where x lies.
 template <int n, class Visitor>
 SE_EXT_DEVICE void write_row(const Visitor& visitor, std::int64_t sample, std::int64_t channel, std::int64_t row,
-                             std::int64_t tile, const Tiling& tiling, std::int64_t accesses) {
+                             std::int64_t x_row, std::int64_t tile, const Tiling& tiling, std::int64_t accesses) {
   const int lane = static_cast<int>(threadIdx.x) & (tiling.lanes - 1);
   const std::int64_t begin = tile * tiling.extent;
   const std::int64_t end = begin + tiling.extent < accesses ? begin + tiling.extent : accesses;
-  const std::int64_t base = row * accesses;
-  const auto index = [=](std::int64_t i) { return (base + i) * n; };
-  write_all<n>(visitor, visitor.template prepare<n>(sample, Same{channel}), begin + lane, end, tiling.lanes, index,
-               index);
+  const std::int64_t base = row * accesses, x_base = x_row * accesses;
+  write_all<n>(
+      visitor, visitor.template prepare<n>(sample, Same{channel}), begin + lane, end, tiling.lanes,
+      [=](std::int64_t i) { return (base + i) * n; }, [=](std::int64_t i) { return (x_base + i) * n; });
 }
 
 // Accesses [begin, end) of a sample whose rows are not aligned to an access: an access has values of up to two rows.
-// Thread `thread` of `threads` takes every threads-th of them.
+// Thread `thread` of `threads` takes every threads-th of them. The value at the start of the sample is x[x_base], or
+// would be, where x holds only some of the accesses.
 template <int n, class Visitor>
-SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample, std::int64_t begin, std::int64_t end,
-                                     std::int64_t thread, std::int64_t threads, std::int64_t channels,
-                                     const Divider& by_points) {
+SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample, std::int64_t x_base,
+                                     std::int64_t begin, std::int64_t end, std::int64_t thread, std::int64_t threads,
+                                     std::int64_t channels, const Divider& by_points) {
   using Raw = decltype(visitor.template load<n>(0, 0));
   const std::int64_t base = sample * channels * by_points.divisor;
   for (std::int64_t i = begin + thread; i < end; i += Visitor::kAhead * threads) {
@@ -197,8 +198,8 @@ SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample
     SE_EXT_UNROLL
     for (int k = 0; k < Visitor::kAhead; ++k) {
       if (i + k * threads < end) {
-        const std::int64_t at = base + (i + k * threads) * n;
-        raw[k] = visitor.template load<n>(at, at);
+        const std::int64_t at = (i + k * threads) * n;
+        raw[k] = visitor.template load<n>(base + at, x_base + at);
       }
     }
     SE_EXT_UNROLL
