@@ -36,10 +36,11 @@ void forward(const Work& work, const ops::DepthwiseConv& a) {
   Scratch scratch(filters.scratch_items() + threads * (x_items + y_items), Filters::kPieces + 2 * threads,
                   x.accumulation_options());
   filters.prepare(scratch, /*turned=*/false);
+  auto met_by = lists<ConvolvedRow>(threads, conv.filter_rows());
 
   if (work.is_channels_last()) {
     parallel(threads, [&](Team team) {
-      std::vector<ConvolvedRow> met;
+      std::vector<ConvolvedRow> met = std::move(met_by[team.rank]);
       const auto [begin, end] = team.share(N * out_rows);
       for (std::int64_t i = begin; i < end; ++i) {
         const std::int64_t n = i / out_rows;
@@ -55,7 +56,7 @@ void forward(const Work& work, const ops::DepthwiseConv& a) {
     y_at.push_back(scratch.take(y_items));
   }
   parallel(threads, [&](Team team) {
-    std::vector<ConvolvedRow> met;
+    std::vector<ConvolvedRow> met = std::move(met_by[team.rank]);
     BlockRows from(work, x, conv.width.in, x_at[team.rank]), to(work, y, conv.width.out, y_at[team.rank]);
     const auto [begin, end] = team.share(N * work.blocks);
     for (std::int64_t i = begin; i < end; ++i) {

@@ -59,6 +59,15 @@ struct Work {
   }
 };
 
+// An empty list for each thread, with room for `size` values. A thread moves its own out: in a parallel region nothing
+// may throw, so nothing may be allocated.
+template <class T>
+std::vector<std::vector<T>> lists(int threads, std::int64_t size) {
+  std::vector<std::vector<T>> all(threads);
+  for (std::vector<T>& list : all) list.reserve(size);
+  return all;
+}
+
 // The filters, and the biases, in blocks of channels.
 class Filters {
  public:

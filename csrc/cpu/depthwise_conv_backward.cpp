@@ -139,9 +139,11 @@ void backward_channels_last(const Work& work, int threads, const Filters& turned
   const bool is_even = groups % threads == 0 || groups >= 4 * threads;
   const std::vector<Phase> phases = phases_of(conv.width);
   const std::int64_t parts = is_even ? 1 : std::min(work.blocks, ceil_div(4 * threads, groups));
+  auto met_by = lists<ConvolvedRow>(threads, conv.filter_rows());
+  auto rows_met_by = lists<const void*>(threads, conv.out_rows() * conv.filter_rows());
   parallel(threads, [&](Team team) {
-    std::vector<ConvolvedRow> met;
-    std::vector<const void*> rows_met;
+    std::vector<ConvolvedRow> met = std::move(met_by[team.rank]);
+    std::vector<const void*> rows_met = std::move(rows_met_by[team.rank]);
     const auto [begin, end] = team.share(groups * parts);
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t group = i / parts, part = i % parts;
@@ -176,9 +178,11 @@ void backward_channels_first(const Work& work, int threads, const Filters& turne
                              const std::vector<Pointer>& memory) {
   const Convolution& conv = work.conv;
   const std::vector<Phase> phases = phases_of(conv.width);
+  auto met_by = lists<ConvolvedRow>(threads, conv.filter_rows());
+  auto rows_met_by = lists<const void*>(threads, conv.out_rows() * conv.filter_rows());
   parallel(threads, [&](Team team) {
-    std::vector<ConvolvedRow> met;
-    std::vector<const void*> rows_met;
+    std::vector<ConvolvedRow> met = std::move(met_by[team.rank]);
+    std::vector<const void*> rows_met = std::move(rows_met_by[team.rank]);
     BlockRows x(work, work.x, conv.width.in, memory[2 * team.rank]);
     BlockRows g(work, work.y, conv.width.out, memory[2 * team.rank + 1]);
     const auto [begin, end] = team.share(sums.groups() * work.blocks);
