@@ -9,7 +9,7 @@ from ._loader import load as _load
 
 _load()
 
-from . import _C, _flops, _inductor, functional, models, onnx, reference  # noqa: E402, F401
+from . import _C, _flops, _inductor, _sharding, functional, models, onnx, reference  # noqa: E402, F401
 from ._attention_functions import (  # noqa: E402
     channel_attention,
     concurrent_squeeze_excite,
@@ -40,6 +40,7 @@ if _TYPE_CHECKING:
 
 _flops.register()
 _inductor.register()
+_sharding.register()
 
 __version__ = "0.1.0"
 
