@@ -539,7 +539,7 @@ def moved_by(part: float, arguments: dict[str, Any]) -> dict[str, Any]:
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        sign = torch.randint(0, 2, value.shape, device=value.device) * 2 - 1
+        sign = torch.randint(0, 2, value.shape, dtype=torch.float64, device=value.device) * 2 - 1
         return (value.detach() * (1 + part * sign)).requires_grad_(value.requires_grad)
 
     return {name: move(value) for name, value in arguments.items()}

@@ -87,7 +87,9 @@ def make(case: OpCase, options: Options, kinds: list[str], map_kinds: list[str])
 
 
 def trains(case: OpCase, options: Options) -> bool:
-    return is_batch_norm(case) and (options.batch_statistics or ("training" in case.names and not options.running))
+    if "training" in case.names:
+        return options.batch_statistics or not options.running
+    return "batch_statistics" in case.names and options.batch_statistics
 
 
 def refusal(case: OpCase, options: Options) -> str | None:
