@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <sstream>
 #include <vector>
 
@@ -248,6 +249,24 @@ at::MemOverlapStatus overlap(const Tensor& a, const Tensor& b) {
   return at::get_overlap_status(a, b);
 }
 
+// Whether two elements of t are surely one. Beside what at::has_internal_overlap finds, strides of 0, two dims whose
+// steps meet, as those of overlapping windows: i steps along one end where j along the other do.
+bool has_shared_elements(const Tensor& t) {
+  const at::MemOverlap found = at::has_internal_overlap(t);
+  if (found != at::MemOverlap::TooHard || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    return found == at::MemOverlap::Yes;
+  }
+  if (t.numel() == 0) return false;
+  for (std::int64_t a = 0; a < t.dim(); ++a) {
+    for (std::int64_t b = 0; b < a; ++b) {
+      if (t.size(a) < 2 || t.size(b) < 2) continue;
+      const std::int64_t step = std::gcd(t.stride(a), t.stride(b));
+      if (t.stride(b) / step < t.size(a) && t.stride(a) / step < t.size(b)) return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 void not_differentiated(const char* op, const char* name, const Tensor& t) {
@@ -260,7 +279,7 @@ void not_differentiated(const char* op, const char* name, const Tensor& t) {
 }
 
 void writable(const char* op, const Tensor& input) {
-  TORCH_CHECK(at::has_internal_overlap(input) != at::MemOverlap::Yes, op,
+  TORCH_CHECK(!has_shared_elements(input), op,
               ": expected input whose elements do not share memory (the op writes into it), got shape ",
               input.sym_sizes(), " with strides ", input.sym_strides());
 }

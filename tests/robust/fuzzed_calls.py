@@ -177,9 +177,9 @@ def attempt(case: OpCase, call: Callable[..., Any], rng: random.Random) -> str:
     options = replace(rng.choice(rows), shape=rng.choice(SHAPES), hidden=rng.choice([0, 1, 5]))
     try:
         arguments = case.make(options)  # of a backward op, what forward gave
-    except (RuntimeError, ValueError):
-        return "refused"
-    others = changed(case, arguments, rng)
+        others = changed(case, arguments, rng)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        return "impossible"  # torch has no such tensor, or forward refuses the options
     is_sane = is_comparable(arguments)
     exact_arguments = in_float64(arguments) if is_sane else {}
     is_recorded = bool(case.differentiable) and rng.random() < 0.5
@@ -197,15 +197,9 @@ def attempt(case: OpCase, call: Callable[..., Any], rng: random.Random) -> str:
         if any(words in str(error) for words in NOT_AN_ANSWER) or len(str(error)) > 500_000:
             raise Wrong(f"raised {said(error)}") from None
         return "refused"
-    small = [t for t in arguments.values() if isinstance(t, Tensor)]
-    shared = any(
-        a is not b and a.device.type == "cpu" and is_sane and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-        for a in small
-        for b in small
-        if a.numel() and b.numel()
-    )
     saved = {name for name in (case.forward[1] if case.forward else ()) if name} | {"saved"}
-    if not is_sane or 0 in options.shape or others & saved or shared or options.hidden == 0:
+    written = set(case.writes) - {"input"}  # running statistics, which may be each other
+    if not is_sane or 0 in options.shape or others & (saved | written) or options.hidden == 0:
         return "accepted"
     if case.forward and others - {"grad_output", "mask"}:
         return "accepted"  # what forward saved is of other arguments
@@ -213,6 +207,8 @@ def attempt(case: OpCase, call: Callable[..., Any], rng: random.Random) -> str:
     try:
         exact = case.exact(exact_arguments)
     except Exception as error:
+        if "eps must be positive" in str(error):
+            return "accepted"  # torch.nn.functional's rule; the ops compute what is written
         raise Wrong(f"gave {[tuple(t.shape) for t in outputs if t is not None]}; the formula: {said(error)}") from None
     for i, (ours, theirs) in enumerate(zip(results, exact, strict=True)):
         if theirs is None or ours is None:
@@ -240,7 +236,7 @@ def main() -> None:
             torch.manual_seed(i)
             case = CASES[i % len(CASES)]
             at.seek(0)
-            at.write(f"{i} {case}\n")
+            at.write(f"{i} {case}".ljust(60))
             at.flush()
             try:
                 result = attempt(case, rng.choice(callers[case.name]), rng)

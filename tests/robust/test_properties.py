@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from examples import IS_LONG, OTHER_VALUES, SAME_VALUES, TIMES
-from helpers import make_map
+from helpers import HALF, make_map
 from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 from ops import CASES, OpCase, Options, in_float64
@@ -66,6 +66,8 @@ def options_for(draw: st.DrawFn, case: OpCase) -> tuple[Options, list[str]]:
         of_maps += ["expanded channels"] if is_batch_norm(case) else list(OTHER_VALUES)
     map_kinds = draw(st.lists(st.sampled_from(of_maps), min_size=1, max_size=3))
     names = set(case.differentiable)
+    if dtype in HALF and options.residual and drawn.get(case.last_activation) in ("tanh", "sigmoid"):
+        names = set()  # where y is near its bound, the slope that follows from it is mostly the rounding of y
     wanted = draw(st.one_of(st.just(names), st.sets(st.sampled_from(sorted(names)))) if names else st.just(names))
     return replace(options, requires_grad=wanted, maps=None), [*kinds, "|", *map_kinds]
 
