@@ -4,8 +4,8 @@ through, from Python and from TorchScript, where no wrapper of ours helps.
     fuzzed_calls.py FIRST CALLS PROGRESS
 
 Call number i is the same at every run. Its number is in the file PROGRESS before it begins, so a call that ends the
-process or never ends is known. Each call gives the formula's result or raises a Python exception; what does otherwise is
-printed, one line each.
+process or never ends is known. Each call gives the formula's result or raises a Python exception; what does otherwise
+is printed, one line each.
 """
 
 from __future__ import annotations
@@ -20,14 +20,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples import OTHER_VALUES, SAME_VALUES
 from ops import CASES, OpCase, in_float64
 from torch import Tensor
 
-SHAPES = [(2, 3, 5), (2, 5, 3, 4), (1, 8, 7, 7), (3, 17, 2, 2), (2, 4, 2, 3, 2), (0, 3, 2, 2), (2, 0, 3, 3), (2, 3, 0, 2)]
+from examples import OTHER_VALUES, SAME_VALUES
+
+SHAPES = [
+    (2, 3, 5),
+    (2, 5, 3, 4),
+    (1, 8, 7, 7),
+    (3, 17, 2, 2),
+    (2, 4, 2, 3, 2),
+    (0, 3, 2, 2),
+    (2, 0, 3, 3),
+    (2, 3, 0, 2),
+]
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.complex64]
 DTYPES += [torch.float8_e4m3fn, torch.uint16]
-STRINGS = ["", "ReLU", "relu\0", "sigmoid", "identity", "double_sigmoid", "hardsigmoid", "gelu", "x" * 100_000, "é", "%s%n"]
+STRINGS = [
+    "",
+    "ReLU",
+    "relu\0",
+    "sigmoid",
+    "identity",
+    "double_sigmoid",
+    "hardsigmoid",
+    "gelu",
+    "x" * 100_000,
+    "é",
+    "%s%n",
+]
 FLOATS = [0.0, -1.0, float("nan"), float("inf"), 1e308, 1e-320]
 INTEGERS = [-(2**63), -1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**62, 2**63 - 1]
 # What a mistake in the library says, or in how it calls torch; and a message without end.
@@ -76,9 +98,9 @@ def sparse(t: Tensor, rng: random.Random) -> Tensor:
     return rng.choice(kinds)()
 
 
-def part_of(t: Tensor, other: Tensor) -> Tensor:
+def part_of(t: Tensor, other: Tensor | None) -> Tensor | None:
     """A tensor of t's shape in the memory of another."""
-    if other.numel() < t.numel() or other.dtype is not t.dtype:
+    if other is None or other.numel() < t.numel() or other.dtype is not t.dtype:
         return other
     return other.detach().as_strided(t.shape, t.stride(), other.storage_offset()) if t.is_contiguous() else other
 
@@ -247,4 +269,5 @@ def main() -> None:
     print(became)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -11,9 +11,10 @@ import sys
 from dataclasses import replace
 
 import torch
-from examples import SAME_VALUES
 from helpers import DTYPES, HALF, make_map
-from ops import CASES, LAYOUTS, OpCase, Options
+from ops import CASES, LAYOUTS, OpCase
+
+from examples import SAME_VALUES
 
 KINDS = ["contiguous", "dims reversed", "inside, channels last"]  # native, and copied
 
@@ -75,4 +76,5 @@ def main() -> None:
     print(total)
 
 
-main()
+if __name__ == "__main__":
+    main()

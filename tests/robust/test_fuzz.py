@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from examples import IS_LONG, TIMES
 from helpers import ROOT, TESTS
+
+from examples import IS_LONG, TIMES
 
 pytestmark = pytest.mark.cpu_only
 HERE = Path(__file__).parent

@@ -1,5 +1,5 @@
-"""Nothing is read or written in front of a tensor or behind it, or after it is freed: each tensor that an op gets, makes
-or keeps lies between two pages that may not be touched."""
+"""Nothing is read or written in front of a tensor or behind it, or after it is freed: each tensor that an op gets,
+makes or keeps lies between two pages that may not be touched."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from examples import TIMES
 from helpers import ROOT, TESTS
+
+from examples import TIMES
 
 pytestmark = pytest.mark.cpu_only
 HERE = Path(__file__).parent
