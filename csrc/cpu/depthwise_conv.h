@@ -40,7 +40,7 @@ struct Work {
 
   Work(const Convolution& c, const Tensor& input, const Tensor& output)
       : conv(c),
-        x(input),
+        x(beside(input, output)),
         y(output),
         sum_type(x.dtype == DType::Float64 ? DType::Float64 : DType::Float32),
         stored(depthwise_kernels(x.dtype)),
@@ -56,6 +56,14 @@ struct Work {
   // Threads for a pass that multiplies every value as often as there are taps.
   int threads() const {
     return threads_for(x.samples * (x.slab_bytes() + y.slab_bytes()) * std::max<std::int64_t>(1, taps / 8));
+  }
+
+ private:
+  // A map of one point is in both layouts: its own is that of the map beside it, which padding may have made larger.
+  static FeatureMap beside(const Tensor& input, const Tensor& output) {
+    FeatureMap map(input);
+    if (map.slab.points == 1) map.slab.layout = FeatureMap(output).slab.layout;
+    return map;
   }
 };
 

@@ -4,6 +4,9 @@
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
+#include <cstdint>
+#include <limits>
+#include <numeric>
 #include <sstream>
 #include <vector>
 
@@ -163,6 +166,9 @@ void vector(const char* op, const char* name, const OptionalTensor& t, const Ten
   shape(op, name, *t, {size});
 }
 
+// Of a stride, a padding, a dilation or a filter's width: products and sums of these stay within 64 bits.
+constexpr std::int64_t kMostSteps = std::numeric_limits<std::int32_t>::max();
+
 // One value for all spatial dims, or one a dim; where `may_have_pairs`, also two a dim, or none.
 void per_dim(const char* op, const char* name, at::IntArrayRef list, std::size_t dims, std::int64_t least,
              bool may_have_pairs) {
@@ -172,6 +178,7 @@ void per_dim(const char* op, const char* name, at::IntArrayRef list, std::size_t
               may_have_pairs ? "; or two, begin and end; none: \"same\"" : "", "), got ", list);
   for (const std::int64_t value : list) {
     TORCH_CHECK(value >= least, op, ": expected ", name, " of at least ", least, ", got ", list);
+    TORCH_CHECK(value <= kMostSteps, op, ": expected ", name, " of at most ", kMostSteps, ", got ", list);
   }
 }
 
@@ -186,13 +193,17 @@ void convolution(const char* op, const ops::DepthwiseConv& a) {
   per_dim(op, "stride", a.stride, dims, 1, false);
   per_dim(op, "padding", a.padding, dims, 0, true);
   per_dim(op, "dilation", a.dilation, dims, 1, false);
+  for (std::int64_t d = 2; d < a.input.dim(); ++d) {
+    TORCH_CHECK(a.weight.sym_size(d) > 0, op, ": expected weight whose kernel has no dim of size 0, got ",
+                a.weight.sym_sizes());
+    TORCH_CHECK(a.weight.sym_size(d) <= kMostSteps, op, ": expected weight whose kernel has no dim of more than ",
+                kMostSteps, ", got ", a.weight.sym_sizes());
+    // As torch's convolution. Of padding "same" it also tells a compiler what it would have to prove.
+    TORCH_CHECK(a.input.sym_size(d) > 0, op, ": expected input of at least one point along each spatial dim, got ",
+                a.input.sym_sizes());
+  }
   for (const ConvolvedDim& d : convolved_dims(a)) {
-    TORCH_CHECK(d.kernel > 0, op, ": expected weight whose kernel has no dim of size 0, got ", a.weight.sym_sizes());
-    if (a.padding.empty()) {  // fits as it is made to; said so, it is nothing that a compiler would have to prove
-      TORCH_CHECK(d.in > 0, op, ": expected input of at least one point along each spatial dim, got ",
-                  a.input.sym_sizes());
-      continue;
-    }
+    if (a.padding.empty()) continue;  // fits as it is made to
     TORCH_CHECK(d.in + d.begin + d.end >= d.reach(), op,
                 ": expected input that is, with its padding, at least as large "
                 "as the filter, ",
@@ -238,6 +249,24 @@ at::MemOverlapStatus overlap(const Tensor& a, const Tensor& b) {
   return at::get_overlap_status(a, b);
 }
 
+// Whether two elements of t are surely one. Beside what at::has_internal_overlap finds, strides of 0, two dims whose
+// steps meet, as those of overlapping windows: i steps along one end where j along the other do.
+bool has_shared_elements(const Tensor& t) {
+  const at::MemOverlap found = at::has_internal_overlap(t);
+  if (found != at::MemOverlap::TooHard || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    return found == at::MemOverlap::Yes;
+  }
+  if (t.numel() == 0) return false;
+  for (std::int64_t a = 0; a < t.dim(); ++a) {
+    for (std::int64_t b = 0; b < a; ++b) {
+      if (t.size(a) < 2 || t.size(b) < 2) continue;
+      const std::int64_t step = std::gcd(t.stride(a), t.stride(b));
+      if (t.stride(b) / step < t.size(a) && t.stride(a) / step < t.size(b)) return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 void not_differentiated(const char* op, const char* name, const Tensor& t) {
@@ -250,7 +279,7 @@ void not_differentiated(const char* op, const char* name, const Tensor& t) {
 }
 
 void writable(const char* op, const Tensor& input) {
-  TORCH_CHECK(at::has_internal_overlap(input) != at::MemOverlap::Yes, op,
+  TORCH_CHECK(!has_shared_elements(input), op,
               ": expected input whose elements do not share memory (the op writes into it), got shape ",
               input.sym_sizes(), " with strides ", input.sym_strides());
 }

@@ -263,6 +263,7 @@ def convolution_cases() -> list[Case]:
         return case("depthwise_conv", name, error, message, make)
 
     shape = "expected weight of shape [8, 1, *kernel] with 2 dims of kernel (input is [3, 8, 5, 5]), got "
+    most = "of at most 2147483647"
     one, two = "of 1 value or 2 (one for each spatial dim), got ", "or two, begin and end"
     return [
         bad("weight-full", RuntimeError, f"{shape}[8, 8, 3, 3]", weight=lambda _: x(C, C, 3, 3)),
@@ -308,6 +309,15 @@ def convolution_cases() -> list[Case]:
         bad("stride-none", RuntimeError, f"expected stride {one}[]", stride=[]),
         bad("stride-zero", RuntimeError, "expected stride of at least 1, got [1, 0]", stride=[1, 0]),
         bad("dilation-length", RuntimeError, f"expected dilation {one}[1, 1, 1, 1]", dilation=[1, 1, 1, 1]),
+        bad("stride-huge", RuntimeError, f"expected stride {most}, got [{2**63 - 1}]", stride=2**63 - 1, padding=[]),
+        bad("dilation-huge", RuntimeError, f"expected dilation {most}, got [{2**62}]", dilation=2**62),
+        bad("padding-huge", RuntimeError, f"expected padding {most}, got [0, {2**31}]", padding=[0, 2**31]),
+        bad(
+            "weight-huge",
+            RuntimeError,
+            f"expected weight whose kernel has no dim {most.replace('at most', 'more than')}, got [8, 1, 3, {2**31}]",
+            weight=lambda _: x(C, 1, 1, 1).expand(C, 1, 3, 2**31),
+        ),
         bad("dilation-zero", RuntimeError, "expected dilation of at least 1, got [0]", dilation=0),
         bad(
             "padding-length",
@@ -333,8 +343,15 @@ def convolution_cases() -> list[Case]:
         bad(
             "empty-input",
             RuntimeError,
-            "expected input that is, with its padding, at least as large as the filter, 3, got a dim of 0 + 0",
+            "expected input of at least one point along each spatial dim, got [3, 8, 0, 5]",
             input=lambda _: x(N, C, 0, 5),
+        ),
+        bad(
+            "empty-input-padded",
+            RuntimeError,
+            "expected input of at least one point along each spatial dim, got [3, 8, 0, 5]",
+            input=lambda _: x(N, C, 0, 5),
+            padding=3,
         ),
         bad(
             "empty-input-same",
@@ -392,6 +409,20 @@ def in_place_cases(op: str, others: Callable[[], dict[str, Any]], small: tuple[s
             RuntimeError,
             f"{SHARED}[3, 8, 5, 5] with strides [0, 25, 5, 1]",
             lambda _: (x(1, C, 5, 5).expand(N, C, 5, 5), others()),
+        ),
+        case(
+            op,
+            "windows",
+            RuntimeError,
+            f"{SHARED}[3, 8, 5, 5] with strides [100, 12, 1, 1]",
+            lambda _: (x(400).as_strided((N, C, 5, 5), (100, 12, 1, 1)), others()),
+        ),
+        case(
+            op,
+            "windows-two-apart",
+            RuntimeError,
+            f"{SHARED}[3, 8, 5, 5] with strides [100, 12, 3, 2]",
+            lambda _: (x(400).as_strided((N, C, 5, 5), (100, 12, 3, 2)), others()),
         ),
         case(op, "residual-overlaps", RuntimeError, PARTIAL_OVERLAP, overlapping_residual),
         case(op, "residual-transposed", RuntimeError, PARTIAL_OVERLAP, transposed_residual),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, assert_close, assert_same_bits, emulated_cuda, make_map, thread_counts
+from helpers import DTYPES, assert_close, assert_same_bits, emulated_cuda, make_map, memory_format, thread_counts
 from ops import BY_NAME, Options, in_float64, layouts
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -323,6 +323,16 @@ def test_the_rule_of_what_the_kernels_compute(spatial: tuple[int, ...]) -> None:
         ours = kernel in (3, 5, 7) and stride <= 2 and dilation == 1
         lists = {"stride": [3] * last + [stride], "dilation": [2] * last + [dilation]}
         assert is_atens(options, stride == 2, **lists) is not ours, (kernel, stride, dilation)
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["native", "sliced"])
+@layouts
+def test_padding_makes_one_point_a_map(channels_last: bool, step: int) -> None:
+    """A map of one point is in both layouts; the larger output is in the one that its strides suggest."""
+    whole = torch.randn(3, step * C, 1, 1).to(memory_format=memory_format(4, channels_last))
+    options = Options((3, C, 1, 1), padding=3, requires_grad=True, maps=lambda: whole[:, :C].detach())
+    arguments = CASE.make(options)
+    CASE.check(options, arguments)
 
 
 # ---- memory ----
