@@ -287,6 +287,10 @@ TORCH_LIBRARY_IMPL(se_ext, CompositeImplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(se_ext, FuncTorchDynamicLayerFrontMode, m) {
   register_all(m);
 }
+// For views that negate: torch's fallback takes the op as a whole, and the tensors that it writes for its outputs.
+TORCH_LIBRARY_IMPL(se_ext, Negative, m) {
+  register_all(m);
+}
 
 }  // namespace
 }  // namespace se_ext

@@ -21,11 +21,20 @@ void add(torch::Library& m, InPlace, Functional) {
   InPlace::template register_with<written<InPlace, Functional>>(m);
 }
 
-TORCH_LIBRARY_IMPL(se_ext, Functionalize, m) {
+void register_all(torch::Library& m) {
   add(m, ops::rescale_, ops::rescale);
   add(m, ops::squeeze_excite_, ops::squeeze_excite);
   add(m, ops::_bn_squeeze_excite_, ops::bn_squeeze_excite);
   add(m, ops::_bn_activation_, ops::_bn_activation);
+}
+
+TORCH_LIBRARY_IMPL(se_ext, Functionalize, m) {
+  register_all(m);
+}
+// For views that negate (torch._neg_view, the imaginary part of a conjugate), torch (2.13) has a fallback that writes
+// into freed memory where an op returns nothing: it takes what is not there for the tensor that the op wrote.
+TORCH_LIBRARY_IMPL(se_ext, Negative, m) {
+  register_all(m);
 }
 
 }  // namespace
