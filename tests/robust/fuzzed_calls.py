@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from ops import CASES, OpCase, in_float64
+from strategies import OTHER_VALUES, SAME_VALUES
 from torch import Tensor
-
-from examples import OTHER_VALUES, SAME_VALUES
 
 SHAPES = [
     (2, 3, 5),

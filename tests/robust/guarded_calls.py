@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from helpers import DTYPES, HALF, make_map
 from ops import CASES, LAYOUTS, OpCase
-
-from examples import SAME_VALUES
+from strategies import SAME_VALUES
 
 KINDS = ["contiguous", "dims reversed", "inside, channels last"]  # native, and copied
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, TESTS
-
-from examples import TIMES
+from strategies import TIMES
 
 pytestmark = pytest.mark.cpu_only
 HERE = Path(__file__).parent

@@ -14,9 +14,8 @@ from helpers import HALF, make_map
 from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 from ops import CASES, OpCase, Options, in_float64
+from strategies import IS_LONG, OTHER_VALUES, SAME_VALUES, TIMES
 from torch import Tensor
-
-from examples import IS_LONG, OTHER_VALUES, SAME_VALUES, TIMES
 
 pytestmark = pytest.mark.cpu_only
 
