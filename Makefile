@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 SANITIZE ?= address
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests; 0: none but pytest's own. A thread that waits sleeps: it leaves its CPU to the others.
+WORKERS ?= 2
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 DEPS := $(VENV)/.dependencies
 BUILD := $(VENV)/.built
 CPP := $(shell find csrc tests/cuda_host tests/cpp examples/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -20,11 +23,11 @@ insertion: $(BUILD)  ## train a small CNN on photographs of solar cells: plain, 
 	$(BIN)/python -m examples.insertion $(ARGS)
 
 test: $(BUILD)  ## the tests, but the slow ones
-	SE_EXT_REQUIRE_BUILD_TREE=1 $(BIN)/python -m pytest $(ARGS)
+	SE_EXT_REQUIRE_BUILD_TREE=1 $(PYTEST) $(ARGS)
 
 test-isa: $(BUILD)  ## the tests of the kernels again, on every narrower instruction set of this CPU
 	for isa in $$($(BIN)/python -c "from se_ext import _C; print(*_C.cpu_capabilities()[:-1])"); do \
-	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(BIN)/python -m pytest tests/kernels $(ARGS) || exit 1; \
+	  SE_EXT_CPU_ISA=$$isa SE_EXT_REQUIRE_ISA=$$isa $(PYTEST) tests/kernels $(ARGS) || exit 1; \
 	done
 
 emulated: $(BUILD)  ## every op on emulated older CPUs, against illegal instructions; needs qemu-x86_64 (qemu-user)

@@ -107,11 +107,21 @@ def train(options: argparse.Namespace) -> None:
             print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
 
 
+def join() -> None:
+    """Makes the process group of all processes that torchrun has started. Its store stays for all of its starts (torch
+    2.13), and would tell the processes of a later start where those of an earlier one were: each start has keys of its
+    own there."""
+    store, rank, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    join()
     try:
         train(options)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -96,6 +97,14 @@ def on_the_device() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fresh_random_data(on_the_device: None) -> None:
     torch.manual_seed(20260101)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compiled_code_of_other_files() -> Iterator[None]:
+    """torch runs a function uncompiled that was compiled too often, and counts what every file compiled."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
