@@ -105,30 +105,30 @@ class GpuCase(Case):
 
 
 @dataclass(frozen=True)
-class MemoryCase(Case):
-    """The extra memory of a plain case's inference, into a new tensor and in place."""
+class AsideCase(Case):
+    """Something else of a plain case, in a list of its own."""
 
     of: GpuCase
-    into = "memory"
-    kind = "memory"
 
     def __str__(self) -> str:
-        return f"memory of {self.of}"
+        return f"{self.kind} of {self.of}"
+
+
+@dataclass(frozen=True)
+class MemoryCase(AsideCase):
+    """The extra memory of a plain case's inference, into a new tensor and in place."""
+
+    into = kind = "memory"
 
     def measure(self, plan: Plan) -> summary.Row:
         return measure_memory(self.of, torch.device(self.of.device))
 
 
 @dataclass(frozen=True)
-class PathsCase(Case):
+class PathsCase(AsideCase):
     """The inference of a plain case on every path of the CUDA kernels, beside the path that they choose."""
 
-    of: GpuCase
-    into = "paths"
-    kind = "paths"
-
-    def __str__(self) -> str:
-        return f"paths of {self.of}"
+    into = kind = "paths"
 
     def measure(self, plan: Plan) -> summary.Row:
         return measure_paths(self.of, torch.device(self.of.device), plan)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../ops/convolution.h"
@@ -17,6 +18,22 @@ struct Band {
 
   std::int64_t rows() const { return end - begin; }
   std::int64_t other_rows() const { return other_end - other_begin; }
+};
+
+// Which row of one side a row of the other meets with each row of the filter; -1: none. A table, because it takes
+// divisions, and each sample and block of channels asks again.
+class RowsMet {
+ public:
+  RowsMet() = default;
+  RowsMet(std::vector<std::int64_t> met, std::int64_t filter_rows) : met_(std::move(met)), filter_rows_(filter_rows) {}
+
+  std::int64_t operator()(std::int64_t row, std::int64_t filter_row) const {
+    return met_[row * filter_rows_ + filter_row];
+  }
+
+ private:
+  std::vector<std::int64_t> met_;
+  std::int64_t filter_rows_ = 0;
 };
 
 class Convolution {
@@ -43,8 +60,6 @@ class Convolution {
       *to[3 - dims.size() + d] = {from.in.expect_int(), from.kernel.expect_int(), from.out.expect_int(), from.stride,
                                   from.dilation,        from.begin.expect_int()};
     }
-    in_row_ = rows_met(depth_.out, height_.out, height_.in, &Dim::input);
-    out_row_ = rows_met(depth_.in, height_.in, height_.out, &Dim::output);
   }
 
   Dim width;
@@ -53,29 +68,25 @@ class Convolution {
   std::int64_t filter_rows() const { return depth_.kernel * height_.kernel; }
   std::int64_t taps() const { return filter_rows() * width.kernel; }
 
-  // The row of the input that a row of the output meets with a row of the filter; -1: none.
-  std::int64_t in_row(std::int64_t out_row, std::int64_t filter_row) const {
-    return in_row_[out_row * filter_rows() + filter_row];
-  }
-  // The row of the output that a row of the input goes into.
-  std::int64_t out_row(std::int64_t in_row, std::int64_t filter_row) const {
-    return out_row_[in_row * filter_rows() + filter_row];
-  }
+  // The rows of the input that the rows of the output read, and the rows of the output that the rows of the input go
+  // into.
+  RowsMet in_rows_met() const { return rows_met(depth_.out, height_.out, height_.in, &Dim::input); }
+  RowsMet out_rows_met() const { return rows_met(depth_.in, height_.in, height_.out, &Dim::output); }
 
   // All rows in bands of at most `rows`: of the output, beside those of the input that they read; and of the input,
   // beside those of the output that they go into.
   template <class F>
-  void for_output_bands(std::int64_t rows, F&& f) const {
-    for_bands(out_rows(), rows, [&](std::int64_t row, std::int64_t k) { return in_row(row, k); }, f);
+  void for_output_bands(std::int64_t rows, const RowsMet& in_rows, F&& f) const {
+    for_bands(out_rows(), rows, in_rows, f);
   }
   template <class F>
-  void for_input_bands(std::int64_t rows, F&& f) const {
-    for_bands(in_rows(), rows, [&](std::int64_t row, std::int64_t k) { return out_row(row, k); }, f);
+  void for_input_bands(std::int64_t rows, const RowsMet& out_rows, F&& f) const {
+    for_bands(in_rows(), rows, out_rows, f);
   }
 
  private:
-  template <class Other, class F>
-  void for_bands(std::int64_t total, std::int64_t rows, const Other& other, F&& f) const {
+  template <class F>
+  void for_bands(std::int64_t total, std::int64_t rows, const RowsMet& other, F&& f) const {
     for (std::int64_t begin = 0; begin < total; begin += rows) {
       Band band{begin, std::min(begin + rows, total), 0, 0};
       bool is_first = true;
@@ -92,10 +103,9 @@ class Convolution {
     }
   }
 
-  // For each row of one side and each row of the filter the row of the other side, which has `other_height` of them at
-  // each depth; a table, because it takes divisions, and each sample and block of channels asks again.
-  std::vector<std::int64_t> rows_met(std::int64_t depth, std::int64_t height, std::int64_t other_height,
-                                     std::int64_t (Dim::*other)(std::int64_t, std::int64_t) const) const {
+  // Of `height` rows at each depth, where the other side has `other_height`.
+  RowsMet rows_met(std::int64_t depth, std::int64_t height, std::int64_t other_height,
+                   std::int64_t (Dim::*other)(std::int64_t, std::int64_t) const) const {
     std::vector<std::int64_t> met;
     met.reserve(depth * height * filter_rows());
     for (std::int64_t d = 0; d < depth; ++d) {
@@ -108,11 +118,10 @@ class Convolution {
         }
       }
     }
-    return met;
+    return {std::move(met), filter_rows()};
   }
 
   Dim depth_, height_;
-  std::vector<std::int64_t> in_row_, out_row_;
 };
 
 }  // namespace se_ext::cpu

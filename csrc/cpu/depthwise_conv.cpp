@@ -7,12 +7,13 @@ namespace cpu {
 namespace {
 
 // A row of the output, of some channels from those of `block` on.
-void convolve(const Work& work, ConvolveKernel* kernel, const Filters& filters, std::int64_t block,
-              std::int64_t channels, const Rows& x, const Rows& y, std::int64_t row, std::vector<ConvolvedRow>& met) {
+void convolve(const Work& work, ConvolveKernel* kernel, const RowsMet& in_row, const Filters& filters,
+              std::int64_t block, std::int64_t channels, const Rows& x, const Rows& y, std::int64_t row,
+              std::vector<ConvolvedRow>& met) {
   const Convolution& conv = work.conv;
   met.clear();
   for (std::int64_t k = 0; k < conv.filter_rows(); ++k) {
-    const std::int64_t from = conv.in_row(row, k);
+    const std::int64_t from = in_row(row, k);
     if (from >= 0) met.push_back({x.row(from), filters.row(block, k)});
   }
   kernel(static_cast<int>(conv.width.kernel), static_cast<int>(conv.width.stride),
@@ -25,11 +26,12 @@ void forward(const Work& work, const ops::DepthwiseConv& a) {
   const FeatureMap &x = work.x, &y = work.y;
   const std::int64_t N = x.samples, out_rows = conv.out_rows();
   const int threads = work.threads();
+  const RowsMet in_row = conv.in_rows_met();
   Filters filters(work, a);
   Bands bands;
   std::int64_t x_items = 0, y_items = 0;  // of a thread
   if (!work.is_channels_last()) {
-    conv.for_output_bands(rows_of_band(work, work.lanes, work.sum_bytes()), bands);
+    conv.for_output_bands(rows_of_band(work, work.lanes, work.sum_bytes()), in_row, bands);
     x_items = bands.most_others * conv.width.in * work.lanes;
     y_items = bands.most_rows * conv.width.out * work.lanes;
   }
@@ -44,8 +46,8 @@ void forward(const Work& work, const ops::DepthwiseConv& a) {
       const auto [begin, end] = team.share(N * out_rows);
       for (std::int64_t i = begin; i < end; ++i) {
         const std::int64_t n = i / out_rows;
-        convolve(work, work.stored.convolve, filters, /*block=*/0, work.channels, rows_of(x, n, 0, conv.width.in),
-                 rows_of(y, n, 0, conv.width.out), i % out_rows, met);
+        convolve(work, work.stored.convolve, in_row, filters, /*block=*/0, work.channels,
+                 rows_of(x, n, 0, conv.width.in), rows_of(y, n, 0, conv.width.out), i % out_rows, met);
       }
     });
     return;
@@ -65,7 +67,7 @@ void forward(const Work& work, const ops::DepthwiseConv& a) {
         const Rows& in = from.read(n, block, band.other_begin, band.other_end);
         const Rows& out = to.place(band.begin);
         for (std::int64_t row = band.begin; row < band.end; ++row) {
-          convolve(work, work.accumulated.convolve_block, filters, block, work.lanes, in, out, row, met);
+          convolve(work, work.accumulated.convolve_block, in_row, filters, block, work.lanes, in, out, row, met);
         }
         to.write(n, block, band.begin, band.end);
       }

@@ -36,28 +36,35 @@ std::vector<Phase> phases_of(const Convolution::Dim& w) {
   return phases;
 }
 
+// The convolution that gives the input's gradient.
+struct TurnedConvolution {
+  RowsMet out_row;
+  std::vector<Phase> phases;
+  const Filters& filters;
+};
+
 // A row of the input's gradient.
-void convolve_back(const Work& work, ConvolveKernel* kernel, const std::vector<Phase>& phases, const Filters& turned,
-                   std::int64_t block, std::int64_t channels, const Rows& g, const Rows& gx, std::int64_t row,
+void convolve_back(const Work& work, ConvolveKernel* kernel, const TurnedConvolution& turned, std::int64_t block,
+                   std::int64_t channels, const Rows& g, const Rows& gx, std::int64_t row,
                    std::vector<ConvolvedRow>& met) {
   const Convolution& conv = work.conv;
   const Convolution::Dim& w = conv.width;
-  for (const Phase& phase : phases) {
+  for (const Phase& phase : turned.phases) {
     met.clear();
     for (std::int64_t k = 0; k < conv.filter_rows(); ++k) {
-      const std::int64_t from = conv.out_row(row, k);
-      if (from >= 0) met.push_back({g.row(from), turned.row(block, k, phase.tap)});
+      const std::int64_t from = turned.out_row(row, k);
+      if (from >= 0) met.push_back({g.row(from), turned.filters.row(block, k, phase.tap)});
     }
     kernel(phase.taps, 1,
-           {channels, phase.columns, w.out, phase.first, g.step, w.stride * gx.step, turned.block(), met.data(),
+           {channels, phase.columns, w.out, phase.first, g.step, w.stride * gx.step, turned.filters.block(), met.data(),
             static_cast<int>(met.size()), /*bias=*/nullptr, gx.point(row, phase.column)});
   }
 }
 
 // Adds what rows of g give to the sums of some channels, [filter rows][taps of a row][lanes] and, behind them, the
 // bias's [lanes].
-void add_gradients(const Work& work, const DepthwiseKernels& kernels, std::int64_t channels, const Rows& x,
-                   const Rows& g, std::int64_t begin, std::int64_t end, Pointer sums, bool has_bias,
+void add_gradients(const Work& work, const DepthwiseKernels& kernels, const RowsMet& in_row, std::int64_t channels,
+                   const Rows& x, const Rows& g, std::int64_t begin, std::int64_t end, Pointer sums, bool has_bias,
                    std::vector<const void*>& met) {
   const Convolution& conv = work.conv;
   const int taps = static_cast<int>(conv.width.kernel);
@@ -67,7 +74,7 @@ void add_gradients(const Work& work, const DepthwiseKernels& kernels, std::int64
     met.clear();
     for (std::int64_t row = begin; row < end; ++row) {
       for (std::int64_t r = 0; r < rows; ++r) {
-        const std::int64_t from = conv.in_row(row, k + r);
+        const std::int64_t from = in_row(row, k + r);
         met.push_back(from >= 0 ? x.row(from) : nullptr);
       }
     }
@@ -83,10 +90,14 @@ void add_gradients(const Work& work, const DepthwiseKernels& kernels, std::int64
 class GradientSums {
  public:
   GradientSums(const Work& work, const Gradients<3>& to)
-      : work_(work), to_(to), samples_(ceil_div(work.x.samples, kMostGroups)) {}
+      : work_(work),
+        to_(to),
+        samples_(ceil_div(work.x.samples, kMostGroups)),
+        in_row_(are_wanted() ? work.conv.in_rows_met() : RowsMet()) {}
 
   bool are_wanted() const { return to_[1].defined() || to_[2].defined(); }
   bool has_bias() const { return to_[2].defined(); }
+  const RowsMet& in_row() const { return in_row_; }
   std::int64_t groups() const { return ceil_div(work_.x.samples, samples_); }
   std::pair<std::int64_t, std::int64_t> group(std::int64_t i) const {
     return {i * samples_, std::min((i + 1) * samples_, work_.x.samples)};
@@ -126,18 +137,18 @@ class GradientSums {
   const Work& work_;
   const Gradients<3>& to_;
   const std::int64_t samples_;  // of a group
+  const RowsMet in_row_;
   Pointer partial_, total_;
 };
 
 // A thread takes some channels of a group of samples: while a band of its rows is in cache, it serves both gradients.
-void backward_channels_last(const Work& work, int threads, const Filters& turned, const GradientSums& sums,
+void backward_channels_last(const Work& work, int threads, const TurnedConvolution& turned, const GradientSums& sums,
                             const FeatureMap* gx) {
   const Convolution& conv = work.conv;
   const FeatureMap &x = work.x, &g = work.y;
   const std::int64_t in_rows = conv.in_rows(), out_rows = conv.out_rows(), groups = sums.groups();
   // As few parts of the channels as keep all threads at work.
   const bool is_even = groups % threads == 0 || groups >= 4 * threads;
-  const std::vector<Phase> phases = phases_of(conv.width);
   const std::int64_t parts = is_even ? 1 : std::min(work.blocks, ceil_div(4 * threads, groups));
   auto met_by = lists<ConvolvedRow>(threads, conv.filter_rows());
   auto rows_met_by = lists<const void*>(threads, conv.out_rows() * conv.filter_rows());
@@ -158,13 +169,13 @@ void backward_channels_last(const Work& work, int threads, const Filters& turned
         for (std::int64_t row = 0; row < out_rows; row += band) {
           const std::int64_t row_end = std::min(row + band, out_rows);
           if (sums.are_wanted()) {
-            add_gradients(work, work.stored, channels, from, grad, row, row_end, sums.of(group, block), sums.has_bias(),
-                          rows_met);
+            add_gradients(work, work.stored, sums.in_row(), channels, from, grad, row, row_end, sums.of(group, block),
+                          sums.has_bias(), rows_met);
           }
           if (!gx) continue;
           const Rows to = rows_of(*gx, n, channel, conv.width.in);
           for (std::int64_t r = row * in_rows / out_rows; r < row_end * in_rows / out_rows; ++r) {
-            convolve_back(work, work.stored.convolve, phases, turned, block, channels, grad, to, r, met);
+            convolve_back(work, work.stored.convolve, turned, block, channels, grad, to, r, met);
           }
         }
       }
@@ -173,11 +184,10 @@ void backward_channels_last(const Work& work, int threads, const Filters& turned
 }
 
 // A thread takes a block of channels of a group of samples.
-void backward_channels_first(const Work& work, int threads, const Filters& turned, const GradientSums& sums,
+void backward_channels_first(const Work& work, int threads, const TurnedConvolution& turned, const GradientSums& sums,
                              const FeatureMap* gx, const Bands& of_input, const Bands& of_output,
                              const std::vector<Pointer>& memory) {
   const Convolution& conv = work.conv;
-  const std::vector<Phase> phases = phases_of(conv.width);
   auto met_by = lists<ConvolvedRow>(threads, conv.filter_rows());
   auto rows_met_by = lists<const void*>(threads, conv.out_rows() * conv.filter_rows());
   parallel(threads, [&](Team team) {
@@ -194,8 +204,8 @@ void backward_channels_first(const Work& work, int threads, const Filters& turne
         for (const Band& band : of_output.all) {
           const Rows& from = x.read(n, block, band.other_begin, band.other_end);
           const Rows& grad = g.read(n, block, band.begin, band.end);
-          add_gradients(work, work.accumulated, work.lanes, from, grad, band.begin, band.end, sums.of(group, block),
-                        sums.has_bias(), rows_met);
+          add_gradients(work, work.accumulated, sums.in_row(), work.lanes, from, grad, band.begin, band.end,
+                        sums.of(group, block), sums.has_bias(), rows_met);
         }
         if (!gx) continue;
         BlockRows to(work, *gx, conv.width.in, memory[2 * team.rank]);
@@ -204,8 +214,7 @@ void backward_channels_first(const Work& work, int threads, const Filters& turne
           const Rows& grad = is_there ? g.place(0) : g.read(n, block, band.other_begin, band.other_end);
           const Rows& rows = to.place(band.begin);
           for (std::int64_t row = band.begin; row < band.end; ++row) {
-            convolve_back(work, work.accumulated.convolve_block, phases, turned, block, work.lanes, grad, rows, row,
-                          met);
+            convolve_back(work, work.accumulated.convolve_block, turned, block, work.lanes, grad, rows, row, met);
           }
           to.write(n, block, band.begin, band.end);
         }
@@ -217,23 +226,25 @@ void backward_channels_first(const Work& work, int threads, const Filters& turne
 void backward(const Work& work, const ops::DepthwiseConv& a, const Gradients<3>& to) {
   const Convolution& conv = work.conv;
   const int threads = work.threads();
-  Filters turned(work, a);
+  Filters filters(work, a);
+  const TurnedConvolution turned{to[0].defined() ? conv.out_rows_met() : RowsMet(), phases_of(conv.width), filters};
   GradientSums sums(work, to);
   Bands of_input, of_output;
   std::int64_t x_items = 0, g_items = 0;  // of a thread
   if (!work.is_channels_last()) {
     const std::int64_t rows = rows_of_band(work, work.lanes, work.sum_bytes());
-    if (sums.are_wanted()) conv.for_output_bands(rows, of_output);
+    if (sums.are_wanted()) conv.for_output_bands(rows, sums.in_row(), of_output);
     if (to[0].defined()) {
-      conv.for_input_bands(ceil_div(rows * conv.in_rows(), std::max<std::int64_t>(1, conv.out_rows())), of_input);
+      conv.for_input_bands(ceil_div(rows * conv.in_rows(), std::max<std::int64_t>(1, conv.out_rows())), turned.out_row,
+                           of_input);
     }
     x_items = std::max(of_input.most_rows, of_output.most_others) * conv.width.in * work.lanes;
     g_items = std::max(of_input.most_others, of_output.most_rows) * conv.width.out * work.lanes;
   }
-  Scratch scratch(turned.scratch_items() + sums.scratch_items() + threads * (x_items + g_items),
+  Scratch scratch(filters.scratch_items() + sums.scratch_items() + threads * (x_items + g_items),
                   Filters::kPieces + GradientSums::kPieces + 2 * threads, work.x.accumulation_options());
   sums.use(scratch);
-  if (to[0].defined()) turned.prepare(scratch, /*turned=*/true);
+  if (to[0].defined()) filters.prepare(scratch, /*turned=*/true);
   std::optional<FeatureMap> gx;
   if (to[0].defined()) gx.emplace(to[0]);
   if (work.is_channels_last()) {
