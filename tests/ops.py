@@ -415,10 +415,10 @@ class OpCase:
 
         The tolerance is a part of the result. Where terms cancel, the result is small beside its terms, and their
         roundings are a larger part of it. Then the error is measured by the condition of the formula on these
-        arguments: `moves` is how far the exact result moves when every argument moves by 2 eps, signs at random (the
-        farthest of four draws: few terms may cancel in one). The tolerance counts 8 eps for stored and evaluated
-        factors; 8 eps have 4 times the effect of 2. The sums' own roundings, the tolerance's other part, are allowed
-        nothing here. Half types: eps is that of the accumulation type, so that an error in storing is not excused.
+        arguments: `moves` is how far the exact result moves when every argument moves by 2 eps, signs at random. The
+        tolerance counts 8 eps for stored and evaluated factors; 8 eps have 4 times the effect of 2. The sums' own
+        roundings, the tolerance's other part, are allowed nothing here. Half types: eps is that of the accumulation
+        type, so that an error in storing is not excused.
         """
         try:
             compare(ours, theirs, dtype, summed, rounded)
@@ -427,9 +427,8 @@ class OpCase:
                 raise AssertionError(f"{what}: {error}") from None
             eps = torch.finfo(max(dtype, torch.float32, key=lambda t: torch.finfo(t).bits)).eps
             with one_thread():
-                draws = [exact(moved_by(2 * eps, arguments)) for _ in range(4)]
-            off = (ours.double() - theirs).abs().max()
-            moves = max((moved - theirs).abs().max() for moved in draws)
+                moved = exact(moved_by(2 * eps, arguments))
+            off, moves = (ours.double() - theirs).abs().max(), (moved - theirs).abs().max()
             if not off <= 4 * moves:
                 raise AssertionError(f"{what}: {error}, and {off / moves:.3g} times what roundings explain") from None
 
