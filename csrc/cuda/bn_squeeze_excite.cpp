@@ -37,17 +37,10 @@ void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::
   void* const scale = writable(saved.excitation.scale);
   const Prologue prologue{a_at, b_at, activations.pre};
   const RescaleMaps rescale{data(x.tensor), scale, data(r), writable(out.tensor), activations.post};
-  const Plan plan = Plan::of({.dtype = x.dtype,
-                              .slab = x.slab,
-                              .samples = N,
-                              .maps_read_twice = 1,
-                              .maps_once = maps - 1,
-                              .hidden_channels = M,
-                              .weight_bytes = e.weight_bytes(),
-                              .can_cluster = !is_identity,
-                              .can_chunk = !is_identity,
-                              .has_prologue = true},
-                             current_device());
+  Work work = e.work(x, 1, maps - 1);
+  work.can_cluster = work.can_chunk = !is_identity;
+  work.has_prologue = true;
+  const Plan plan = Plan::of(work, current_device());
   if (plan.path == Path::Cluster) {
     const ClusterExcitation excitation{e.first(), e.second(), z, hidden, scale};
     C10_CUDA_CHECK(write_by_cluster(batch, plan.cluster, excitation, rescale, &prologue, data(drop)));
@@ -117,17 +110,10 @@ void Backend<Cuda>::bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackwar
                                   batch_statistics ? slope : nullptr,
                                   batch_statistics ? offset : nullptr};
   const ScaleGradient scale_sums{sums.sums, data(scale), data(drop), grad_t, e.gate(), !is_identity};
-  const Plan plan = Plan::of({.dtype = x.dtype,
-                              .slab = x.slab,
-                              .samples = N,
-                              .maps_read_twice = read,
-                              .maps_once = written,
-                              .hidden_channels = M,
-                              .weight_bytes = e.weight_bytes(),
-                              .can_cluster = false,
-                              .can_chunk = !batch_statistics,
-                              .has_prologue = true},
-                             current_device());
+  Work work = e.work(x, read, written);
+  work.can_chunk = !batch_statistics;
+  work.has_prologue = true;
+  const Plan plan = Plan::of(work, current_device());
   for_each_chunk(batch, plan.chunk, [&](const Batch& part) {
     C10_CUDA_CHECK(sum_prologue_backward(part, prologue, maps, sums));
     C10_CUDA_CHECK(scale_gradient(norm, is_double, scale_sums, part.first, part.samples, part.stream));

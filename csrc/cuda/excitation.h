@@ -4,6 +4,7 @@
 #pragma once
 
 #include "maps.h"
+#include "plan.h"
 
 namespace se_ext::cuda {
 
@@ -18,6 +19,11 @@ class Excitation {
   Activation gate() const { return second_.activation; }
   const Layer& first() const { return first_; }
   const Layer& second() const { return second_; }
+
+  // What a plan is chosen for: an op on x with this excitation that reads some maps twice, and others once (plan.h).
+  Work work(const FeatureMap& x, int maps_read_twice, int maps_once) const {
+    return {x.dtype, x.slab, x.samples, maps_read_twice, maps_once, hidden_channels(), weight_bytes()};
+  }
 
   struct Forward {
     const void* z;

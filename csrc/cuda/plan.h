@@ -19,9 +19,9 @@ struct Work {
   int maps_once;                 // read or written by the latter alone
   std::int64_t hidden_channels;  // of the excitation
   std::int64_t weight_bytes;     // of both layers
-  bool can_cluster;              // the op has such a kernel
-  bool can_chunk;                // what a sample gets does not depend on the others
-  bool has_prologue;
+  bool can_cluster = false;      // the op has such a kernel
+  bool can_chunk = true;         // what a sample gets does not depend on the others
+  bool has_prologue = false;
 };
 
 // What the paths are expected to take; infinity for a path that the work cannot take.

@@ -15,17 +15,9 @@ void Backend<Cuda>::squeeze_excite(const ops::SqueezeExcite& a, const ops::Activ
   const Tensor r = aligned_like(x, a.tail.residual);
   const int maps = r.defined() ? 3 : 2;
   const Batch batch = batch_of(x, is_streaming(x, maps));
-  const Plan plan = Plan::of({.dtype = x.dtype,
-                              .slab = x.slab,
-                              .samples = N,
-                              .maps_read_twice = 1,
-                              .maps_once = maps - 1,
-                              .hidden_channels = M,
-                              .weight_bytes = e.weight_bytes(),
-                              .can_cluster = true,
-                              .can_chunk = true,
-                              .has_prologue = false},
-                             current_device());
+  Work work = e.work(x, 1, maps - 1);
+  work.can_cluster = true;
+  const Plan plan = Plan::of(work, current_device());
   RescaleMaps rescale{data(x.tensor), nullptr, data(r), writable(out.tensor), activations.post};
   if (plan.path == Path::Cluster) {
     const ClusterExcitation excitation{e.first(), e.second(), saved ? writable(saved->z) : nullptr,
@@ -77,17 +69,7 @@ void Backend<Cuda>::squeeze_excite_backward(const ops::SqueezeExciteBackward& a,
   const RescaleBackward maps{
       data(g),         data(x.tensor), data(scale), data(saved), grad_z, writable(grad_input), writable(grad_residual),
       activations.post};
-  const Plan plan = Plan::of({.dtype = x.dtype,
-                              .slab = x.slab,
-                              .samples = N,
-                              .maps_read_twice = read,
-                              .maps_once = written,
-                              .hidden_channels = M,
-                              .weight_bytes = e.weight_bytes(),
-                              .can_cluster = false,
-                              .can_chunk = true,
-                              .has_prologue = false},
-                             current_device());
+  const Plan plan = Plan::of(e.work(x, read, written), current_device());
   for_each_chunk(batch, plan.chunk, [&](const Batch& part) {
     C10_CUDA_CHECK(sum_rescale_backward(part, maps, sums));
     C10_CUDA_CHECK(gate_gradient(e.gate(), type == at::kDouble, sums.sums, data(scale), grad_t, part.first * C,
