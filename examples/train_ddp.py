@@ -2,6 +2,9 @@
 
     torchrun --nproc-per-node 2 --max-restarts 3 -m examples.train_ddp --checkpoint checkpoint.pt
 
+With --sharded-checkpoint every process writes its own part of the state, and other processes than those that wrote it
+can read it: more or fewer of them, or sharded in another way.
+
 The data are random images whose label is the brightest colour, so nothing is downloaded. Each process computes its part
 of every batch. gloo on a CPU, nccl on GPUs.
 """
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--checkpoint", type=Path, required=True, help="file to write after each step, and to go on from")
+    option("--sharded-checkpoint", action="store_true", help="a folder instead: each process writes its own part")
     option("--steps", type=int, default=20, help="steps in all (%(default)s)")
     option("--shard", choices=("ddp", "block", "layer"), default="ddp", help="DDP, or FSDP2 of each block or layer")
     option("--sync-batch-norm", action="store_true", help="normalise by the whole batch")
@@ -63,6 +69,12 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+def share_statistics(model: nn.Module) -> None:
+    """The running statistics of rank 0 are everybody's. DDP does the same; sharding leaves each rank its own."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Rank 0 writes the whole state, under another name until the file is complete."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -89,20 +101,44 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return int(saved["step"])
 
 
+def save_parts(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Each rank writes what it holds to a folder of the step's own; the older ones go when that is complete."""
+    weights, state = get_state_dict(model, optimizer)
+    now = folder / f"step_{step:09}"
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=now)
+    if dist.get_rank() == 0:
+        for before in set(folder.iterdir()) - {now}:
+            shutil.rmtree(before)
+    dist.barrier()
+
+
+def load_parts(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """The number of steps that are done. `.metadata` is what a complete checkpoint has: it is written last."""
+    complete = sorted(path.parent for path in folder.glob("step_*/.metadata"))
+    if not complete:
+        return 0
+    weights, state = get_state_dict(model, optimizer)
+    checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=complete[-1])
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    return int(complete[-1].name.removeprefix("step_"))
+
+
 def train(options: argparse.Namespace) -> None:
     rank, count = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_default_device(device)
     model = network(options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for step in range(load(options.checkpoint, model, optimizer), options.steps):
+    read, write = (load_parts, save_parts) if options.sharded_checkpoint else (load, save)
+    for step in range(read(options.checkpoint, model, optimizer), options.steps):
         with torch.device("cpu"):
             images, labels = (whole[rank::count].to(device) for whole in batch(step))
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
-        save(options.checkpoint, model, optimizer, step + 1)
+        share_statistics(model)
+        write(options.checkpoint, model, optimizer, step + 1)
         if rank == 0:
             print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
 

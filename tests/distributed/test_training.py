@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_near
+from helpers import ROOT, assert_near, assert_same_bits
 from processes import Processes, processes
-from torch import nn
+from torch import Tensor, nn
 
 import se_ext
 from examples import train_ddp
@@ -22,34 +22,100 @@ pytestmark = pytest.mark.cpu_only
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    with processes(2) as group:
-        yield group
+def groups() -> Iterator[dict[int, Processes]]:
+    """Of two and of four processes."""
+    with processes(2) as two, processes(4) as four:
+        yield {2: two, 4: four}
 
 
-def check_gradients(*words: str) -> None:
-    """With given statistics: a batch norm in training normalises by the samples of its own process."""
-    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+def network(shard: str, *words: str) -> nn.Module:
+    """The example's, in float64."""
     torch.set_default_dtype(torch.float64)  # DDP does not follow a network that changes its dtype
     try:
-        model = train_ddp.network(train_ddp.parse(["--checkpoint", "none", *words])).eval()
-        torch.manual_seed(0)
-        plain = se_ext.models.seresnet18(num_classes=3).eval()
+        return train_ddp.network(train_ddp.parse(["--checkpoint", "none", "--shard", shard, *words]))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def plain_network() -> nn.Module:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        return se_ext.models.seresnet18(num_classes=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def loss(model: nn.Module, part: int, parts: int) -> Tensor:
+    """Of every parts-th image of a batch."""
     images, labels = train_ddp.batch(0)
-    nn.functional.cross_entropy(model(images[rank::count].double()), labels[rank::count]).backward()
-    nn.functional.cross_entropy(plain(images.double()), labels).backward()
+    return nn.functional.cross_entropy(model(images[part::parts].double()), labels[part::parts])
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def check_gradients(training: bool, shard: str, *words: str) -> None:
+    """A batch norm in training normalises by the samples of its own process: one process that takes the parts one after
+    another has the same gradients."""
+    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model, plain = network(shard, *words).train(training), plain_network().train(training)
+    loss(model, rank, count).backward()
+    for part in range(count):
+        (loss(plain, part, count) / count).backward()
     ours = {name.removeprefix("module."): p for name, p in model.named_parameters()}
     for name, p in plain.named_parameters():
-        grad = ours[name].grad
-        assert_near(grad.full_tensor() if hasattr(grad, "full_tensor") else grad, p.grad, name, 1e-9)
+        assert_near(whole(ours[name].grad), p.grad, name, 1e-9)
 
 
 @pytest.mark.parametrize("shard", ["ddp", "block", "layer"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_one_process(two: Processes, shard: str, checkpointing: bool) -> None:
-    two.run(check_gradients, "--shard", shard, *(["--checkpointing"] if checkpointing else []))
+@pytest.mark.parametrize(
+    ("count", "training", "words"), [(2, False, ()), (2, True, ("--checkpointing",)), (4, True, ())]
+)
+def test_gradients_are_those_of_one_process(
+    groups: dict[int, Processes], count: int, training: bool, words: tuple[str, ...], shard: str
+) -> None:
+    groups[count].run(check_gradients, training, shard, *words)
+
+
+# ---- checkpoints ----
+
+
+def train_and_save(folder: Path, shard: str) -> None:
+    """A step, in both kinds of checkpoint."""
+    model = network(shard)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    loss(model, torch.distributed.get_rank(), torch.distributed.get_world_size()).backward()
+    optimizer.step()
+    train_ddp.share_statistics(model)
+    for step in (1, 2):
+        train_ddp.save_parts(folder / "parts", model, optimizer, step)
+    train_ddp.save(folder / "whole.pt", model, optimizer, 2)
+
+
+def load_and_compare(folder: Path, shard: str) -> None:
+    """What other processes read has the bits of the whole state."""
+    model = network(shard)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    assert train_ddp.load_parts(folder / "parts", model, optimizer) == 2
+    options = train_ddp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = train_ddp.get_state_dict(model, optimizer, options=options)
+    if torch.distributed.get_rank() == 0:
+        saved = torch.load(folder / "whole.pt", weights_only=True)
+        assert weights.keys() == saved["model"].keys()
+        assert_same_bits(weights.values(), saved["model"].values())
+        momenta = [{k: v["momentum_buffer"] for k, v in of["state"].items()} for of in (state, saved["optimizer"])]
+        assert momenta[0].keys() == momenta[1].keys()
+        assert_same_bits(momenta[0].values(), momenta[1].values())
+
+
+def test_a_checkpoint_is_read_by_other_processes(groups: dict[int, Processes], tmp_path: Path) -> None:
+    """Written by two processes that share blocks, read by four that share layers."""
+    groups[2].run(train_and_save, tmp_path, "block")
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["step_000000002"]
+    (tmp_path / "parts" / "step_000000003").mkdir()  # of processes that were killed in the middle
+    groups[4].run(load_and_compare, tmp_path, "layer")
 
 
 def start(checkpoint: Path, steps: int) -> subprocess.Popen[str]:
@@ -73,7 +139,7 @@ def test_a_killed_process_goes_on_from_the_last_checkpoint(tmp_path: Path) -> No
     numbers = [int(line.split()[1].rstrip(":")) for line in lines if line.startswith("step")]
     assert numbers[-1] == steps
     assert len(numbers) <= steps + 1  # what was done is not done again, but for the step that was cut short
-    whole, again = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("undisturbed", "killed"))
-    assert whole["step"] == again["step"] == steps
-    for name, weight in whole["model"].items():
-        assert torch.equal(weight, again["model"][name]), name
+    undisturbed, killed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("undisturbed", "killed"))
+    assert undisturbed["step"] == killed["step"] == steps
+    for name, weight in undisturbed["model"].items():
+        assert torch.equal(weight, killed["model"][name]), name
