@@ -387,25 +387,3 @@ def test_sliced_input_gives_the_format_it_came_from():
     x = STRIDED["inner channels, channels_last"]()
     assert se_ext.rescale(x, torch.randn(3, 6)).is_contiguous(memory_format=torch.channels_last)
     assert se_ext.rescale(STRIDED["inner columns"](), torch.randn(3, 6)).is_contiguous()
-
-
-@pytest.mark.slow
-@pytest.mark.large
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_more_elements_than_32_bits_count(channels_last):
-    """2³¹ + 66 elements, 4.3 GB: the last ones lie beyond what a 32-bit offset reaches."""
-    points = 2**30 + 33
-    x = torch.empty((1, 2, points, 1), dtype=torch.bfloat16, memory_format=memory_format(4, channels_last))
-    x[:, 0], x[:, 1] = 1, 2
-    tail = 2**20
-    x[:, 1, -tail:] = 4
-    z = se_ext.squeeze(x)
-    exact = torch.tensor([[1.0, 2 + 2 * tail / points]], dtype=torch.float64)
-    assert_close(z, exact, torch.bfloat16, points)
-    weights = make_weights(2, 1, torch.float32)
-    scale = reference.excite(exact, *(w.double() for w in weights))
-    se_ext.squeeze_excite(x, *weights, inplace=True)
-    for c, p, before in [(0, 0, 1), (0, points - 1, 1), (1, 0, 2), (1, points - tail - 1, 2), (1, points - 1, 4)]:
-        assert_close(x[:, c, p, 0], before * scale[:, c], torch.bfloat16, points)
-    for c, before in [(0, 1), (1, 4)]:
-        assert_close(x[:, c, -tail:, 0], (before * scale[:, c, None]).expand(1, tail), torch.bfloat16, points)
