@@ -57,7 +57,12 @@ def _difference(module: nn.Module, recipe: Recipe) -> str:
 
 
 def _random_copy(module: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(module).to_empty(device="cpu").double().requires_grad_()
+    copied = copy.deepcopy(module)
+    for m in copied.modules():
+        for name, p in m._parameters.items():
+            if type(p).__name__ == "DTensor":  # a part of a weight that processes share (FSDP2): here it is whole
+                m._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
+    copied = copied.to_empty(device="cpu").double().requires_grad_()
     for m in copied.modules():
         for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
             hooks.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -77,6 +78,34 @@ def test_gradients_are_those_of_one_process(
     groups: dict[int, Processes], count: int, training: bool, words: tuple[str, ...], shard: str
 ) -> None:
     groups[count].run(check_gradients, training, shard, *words)
+
+
+class PlainBlock(nn.Module):
+    """An SE block as people write it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+def check_convert_behind_fully_shard() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), PlainBlock(8), nn.Conv2d(8, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plain = plain.double()
+    model = train_ddp.fully_shard(copy.deepcopy(plain))
+    report = se_ext.convert(model)
+    assert [block.path for block in report.converted] == ["1"], report
+    loss(model, torch.distributed.get_rank(), torch.distributed.get_world_size()).backward()
+    loss(plain, 0, 1).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_near(whole(ours.grad), theirs.grad, name, 1e-9)
+
+
+def test_convert_behind_fully_shard(groups: dict[int, Processes]) -> None:
+    """The weights that the conversion compares with are parts, which a hook puts together for forward alone."""
+    groups[2].run(check_convert_behind_fully_shard)
 
 
 # ---- checkpoints ----
