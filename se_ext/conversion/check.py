@@ -60,7 +60,9 @@ def _random_copy(module: nn.Module) -> nn.Module:
     copied = copy.deepcopy(module)
     for m in copied.modules():
         for name, p in m._parameters.items():
-            if type(p).__name__ == "DTensor":  # a part of a weight that processes share (FSDP2): here it is whole
+            if (
+                p is not None and type(p).__name__ == "DTensor"
+            ):  # a part of a weight that processes share (FSDP2): here it is whole
                 m._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
     copied = copied.to_empty(device="cpu").double().requires_grad_()
     for m in copied.modules():
