@@ -24,6 +24,7 @@ struct BlockWork {
   std::int64_t channels, hidden_channels, points, first_sample;
   std::int64_t unit;        // the blocks share out the channels in units of so many
   std::int64_t part_bytes;  // of the slab, per block
+  BandLayout layout;        // channels_last: over a block's share
   Divider by_points;
   BlockLayer first, second;
   bool weights_are_wide;  // in the accumulation type beside half-typed maps
@@ -50,6 +51,11 @@ struct SharedPlan {
     bytes = next;
   }
 };
+
+// Accesses in which sum_band and the sums of its tiles have room.
+SE_EXT_HOST_DEVICE std::int64_t items_to_combine(const BandLayout& layout) {
+  return kThreads + layout.tiles * layout.width;
+}
 
 // A block's share of `items`, given out in units.
 struct Share {
@@ -160,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const std::int64_t width = mine.end - mine.begin;
 
   char* shared = dynamic_shared();
-  const SharedPlan<A> at(w.part_bytes, C, M, writing == Writing::Bands ? kThreads * n : 0);
+  const SharedPlan<A> at(w.part_bytes, C, M, writing == Writing::Bands ? items_to_combine(w.layout) * n : 0);
   A* z = reinterpret_cast<A*>(shared + at.z);
   A* h = reinterpret_cast<A*>(shared + at.h);
   A* scale = reinterpret_cast<A*>(shared + at.scale);
@@ -179,14 +185,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   __syncthreads();
 
   if constexpr (writing == Writing::Bands) {
-    for (std::int64_t first = mine.begin; first < mine.end; first += w.tiling.width * n) {
-      for (std::int64_t t = 0; t < tiles; ++t) {
+    A* const combine = reinterpret_cast<A*>(shared + at.combine);
+    A* const tile_sums = combine + kThreads * n;
+    const int wide = w.layout.width * n;
+    for (std::int64_t first = mine.begin; first < mine.end; first += wide) {
+      const std::int64_t c = first + thread;
+      for (std::int64_t t = 0; t < tiles; t += w.layout.tiles) {
+        sum_band<n>(
+            squeeze, sample, first, mine.end, t, w.tiling, w.layout, P, combine, x_of_band,
+            [&](int, int tile, std::int64_t channel, A sum) { tile_sums[tile * wide + channel - first] = sum; });
         // As sum_tiles: a channel is always the same thread's.
-        sum_band<n>(squeeze, sample, first, mine.end, t, w.tiling, P, reinterpret_cast<A*>(shared + at.combine),
-                    x_of_band, [&](int, std::int64_t c, A sum) {
-                      const A total = t == 0 ? sum : z[c] + sum;
-                      z[c] = t == tiles - 1 ? total / static_cast<A>(P) : total;
-                    });
+        if (thread < wide && c < mine.end) {
+          A sum = t == 0 ? tile_sums[thread] : z[c] + tile_sums[thread];
+          const std::int64_t left = tiles - t;
+          for (int i = 1; i < w.layout.tiles && i < left; ++i) sum += tile_sums[i * wide + thread];
+          z[c] = left <= w.layout.tiles ? sum / static_cast<A>(P) : sum;
+        }
       }
     }
   } else {
@@ -231,8 +245,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     write_across_rows<kAccess>(rescale, sample, -mine.begin * P, mine.begin * P / kAccess, mine.end * P / kAccess,
                                thread, kThreads, C, w.by_points);
   } else {
-    for (std::int64_t first = mine.begin; first < mine.end; first += w.tiling.width * n) {
-      write_band<n>(rescale, sample, first, mine.end, 0, P, w.tiling, C, P, x_of_band);
+    for (std::int64_t first = mine.begin; first < mine.end; first += w.layout.width * n) {
+      write_band<n>(rescale, sample, first, mine.end, 0, P, w.layout, C, P, x_of_band);
     }
   }
 }
@@ -243,17 +257,29 @@ std::int64_t unit_of(const Slab& slab, DType type) {
   return slab.channels % full == 0 ? full : 1;
 }
 
-std::int64_t part_bytes_of(DType type, const Slab& slab, int cluster) {
+// The channels of the block that has most.
+std::int64_t most_channels(const Slab& slab, DType type, int cluster) {
   const std::int64_t unit = unit_of(slab, type);
-  const std::int64_t items = divide_up(slab.channels / unit, cluster) * unit * slab.points;
+  return divide_up(slab.channels / unit, cluster) * unit;
+}
+
+std::int64_t part_bytes_of(DType type, const Slab& slab, int cluster) {
+  const std::int64_t items = most_channels(slab, type, cluster) * slab.points;
   return divide_up(items * size_of(type) + 15, 16) * 16;  // from any offset
+}
+
+BandLayout layout_of(DType type, const Slab& slab, int cluster) {
+  const Tiling tiling = Tiling::of(slab, type);
+  return slab.layout == Layout::ChannelsLast
+             ? BandLayout::of_share(tiling, most_channels(slab, type, cluster) / tiling.access)
+             : BandLayout{};
 }
 
 template <class A>
 SharedPlan<A> shared_plan(DType type, const Slab& slab, std::int64_t hidden_channels, int cluster) {
   const bool in_bands = slab.layout == Layout::ChannelsLast;
   return {part_bytes_of(type, slab, cluster), slab.channels, hidden_channels,
-          in_bands ? kThreads * Tiling::of(slab, type).access : 0};
+          in_bands ? items_to_combine(layout_of(type, slab, cluster)) * Tiling::of(slab, type).access : 0};
 }
 
 // f(kernel) with the kernel of a slab
@@ -284,6 +310,7 @@ cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitat
                           batch.first,
                           unit_of(batch.slab, batch.dtype),
                           part_bytes_of(batch.dtype, batch.slab, cluster),
+                          layout_of(batch.dtype, batch.slab, cluster),
                           Divider(batch.slab.points),
                           layer(excitation.first),
                           layer(excitation.second),
