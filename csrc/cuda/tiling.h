@@ -88,6 +88,21 @@ struct Tiling {
   }
 };
 
+// ChannelsLast: where the threads of a block stand over columns of accesses that lie side by side. Rows of threads that
+// a tile does not need take further tiles, so that a block with few of a slab's channels is busy all the same.
+struct BandLayout {
+  int width;  // columns
+  int rows;   // of threads
+  int tiles;  // summed at a time, each by Tiling::rows rows of threads
+
+  // Over a share of the slab's columns: bands of equal width, none wider than those of the slab.
+  static BandLayout of_share(const Tiling& t, std::int64_t columns) {
+    const int width = columns > 0 ? static_cast<int>(divide_up(columns, divide_up(columns, t.width))) : 1;
+    const int rows = kThreads / width;
+    return {width, rows, static_cast<int>(std::min<std::int64_t>(rows / t.rows, t.tiles))};
+  }
+};
+
 // ChannelsFirst: rows that are not aligned to any access are written 16 bytes at a time across their ends, where an
 // access has at most two rows and every sample is aligned.
 inline bool writes_across_rows(const Slab& slab, DType type) {

@@ -202,11 +202,24 @@ def test_what_is_written_down_is_what_the_plan_expects() -> None:
 def test_clusters_are_as_large_as_the_batch_is_small(samples: int, last: bool) -> None:
     """On 132 multiprocessors; and no other path has any."""
     problem = Problem((samples, 72, 15, 16), torch.float32, last)
+    results = []
     for path in PATHS[:3]:
         set_path(path)
         host().cuda_host_largest_cluster()
-        problem.inference()
+        results.append(problem.inference())
         assert host().cuda_host_largest_cluster() == (1 if path != "cluster" else {1: 8, 20: 4, 140: 1}[samples])
+        assert_same_bits(results[-1], results[0], path)
+
+
+def test_all_threads_sum_a_share_of_few_channels() -> None:
+    """Of a thread block in a cluster of eight, in channels_last: not only those that stand over its columns."""
+    threads = host().cuda_host_threads_that_sum
+    longs = ctypes.c_long
+    assert threads(True, longs(256), longs(56 * 56), longs(4)) == 256
+    assert threads(False, longs(512), longs(28 * 28), longs(16)) == 256
+    assert threads(True, longs(256), longs(14 * 14), longs(4)) == 256
+    assert threads(True, longs(2048), longs(7 * 7), longs(32)) == 256
+    assert threads(True, longs(256), longs(7 * 7), longs(4)) == 64  # two tiles are all that the sum has
 
 
 def run_with(set_up: str, program: str) -> list[str]:

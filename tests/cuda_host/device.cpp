@@ -63,9 +63,12 @@ struct Thread {
   Fiber* fiber;  // null until it begins
   unsigned shuffles;
   bool exited;
+  bool has_arrived;  // at the cluster's barrier, and does not wait there yet
+  bool knows_peers;  // to have begun: a barrier of the cluster lies behind it
   Barrier waits_at;
   Place waits_in;
   std::vector<Copy> copies;
+  std::vector<std::size_t> groups;  // of the copies: where each ends
 };
 
 // The launch under way. Threads and warps lie block by block; vectors keep their memory from launch to launch.
@@ -208,6 +211,7 @@ void open_shared([[maybe_unused]] Block& block) {
 
 void finish(Thread& self) {
   if (!self.copies.empty()) fail("copies: a thread has exited without copies_wait()");
+  self.groups.clear();
   self.exited = true;
   ++exited;
   if (--self.block->running == 0) close_shared(*self.block);
@@ -311,7 +315,7 @@ void run_cluster(uint3 cluster) {
   for (Thread& t : threads) {
     t.fiber = nullptr;
     t.shuffles = 0;
-    t.exited = false;
+    t.exited = t.has_arrived = t.knows_peers = false;
     ready.push_back(&t);
   }
   exited = 0;
@@ -338,9 +342,20 @@ void run(const Launch& l) {
   }
 }
 
+void arrive() {
+  if (here->has_arrived) fail("cluster_arrive: twice before cluster_wait()");
+  here->has_arrived = true;
+}
+
 void wait(Barrier kind, Place where) {
-  if (kind == Barrier::Cluster && !current->knows_clusters) kind = Barrier::Block;
-  wait_in(meeting_of(*here, kind), kind, where);
+  Thread& self = *here;
+  if (kind == Barrier::Cluster) {
+    if (!self.has_arrived) fail("cluster_wait: before cluster_arrive()");
+    self.has_arrived = false;
+    if (!current->knows_clusters) kind = Barrier::Block;
+  }
+  wait_in(meeting_of(self, kind), kind, where);
+  self.knows_peers |= kind == Barrier::Cluster;
 }
 
 void wait_warp(unsigned mask, Place where) {
@@ -386,21 +401,35 @@ int cluster_rank() {
   return current->knows_clusters ? here->block->rank : 0;
 }
 
-const void* shared_of_rank(const void* address, std::size_t bytes, int rank) {
+void* shared_of_rank(const void* address, std::size_t bytes, int rank) {
   if (rank < 0 || rank >= cluster_size()) fail("shared_of_rank: rank %d in a cluster of %d", rank, cluster_size());
   require_shared("shared_of_rank", address, bytes);
-  if (!current->knows_clusters) return address;
-  if (blocks[rank].running == 0) fail("shared_of_rank: the block of rank %d has exited", rank);
-  return blocks[rank].shared + (static_cast<const char*>(address) - here->block->shared);
+  if (rank != cluster_rank() && !here->knows_peers) {
+    fail("shared_of_rank: the block of rank %d may not have begun", rank);
+  }
+  const Block& there = current->knows_clusters ? blocks[rank] : *here->block;
+  if (there.running == 0) fail("shared_of_rank: the block of rank %d has exited", rank);
+  return there.shared + (static_cast<const char*>(address) - here->block->shared);
 }
 
 void begin_copy(uint4* to, const uint4& value) {
   here->copies.push_back({to, value});
 }
 
-void finish_copies() {
-  for (const Copy& copy : here->copies) *copy.to = copy.value;
-  here->copies.clear();
+void commit_copies() {
+  here->groups.push_back(here->copies.size());
+}
+
+void finish_copies(std::size_t newest) {
+  std::vector<Copy>& copies = here->copies;
+  std::vector<std::size_t>& groups = here->groups;
+  if (groups.size() <= newest) return;
+  const auto last = groups.end() - static_cast<std::ptrdiff_t>(newest) - 1;
+  const std::size_t finished = *last;
+  for (std::size_t i = 0; i < finished; ++i) *copies[i].to = copies[i].value;
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(finished));
+  groups.erase(groups.begin(), last + 1);
+  for (std::size_t& end : groups) end -= finished;
 }
 
 }  // namespace cuda_host

@@ -17,6 +17,7 @@ enum class Barrier { Block, Cluster, Warp, ShuffleXor, ShuffleDown, ShuffleIndex
 
 // Until all threads of the block or cluster, exited ones included, have come to a barrier of this kind.
 void wait(Barrier kind, Place where);
+void arrive();  // before each wait at the cluster's barrier
 void wait_warp(unsigned mask, Place where);
 
 // A shuffle: the value that the lane `source` of the warp came with.
@@ -30,10 +31,11 @@ void require_aligned(const char* what, const void* address, std::size_t alignmen
 
 int cluster_size();
 int cluster_rank();
-const void* shared_of_rank(const void* address, std::size_t bytes, int rank);
+void* shared_of_rank(const void* address, std::size_t bytes, int rank);
 
-// A copy to shared memory that is seen there after finish_copies() of the same thread.
+// A copy to shared memory that is seen there after the same thread has finished its group: all but the newest are.
 void begin_copy(uint4* to, const uint4& value);
-void finish_copies();
+void commit_copies();
+void finish_copies(std::size_t newest);
 
 }  // namespace cuda_host

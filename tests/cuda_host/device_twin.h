@@ -19,12 +19,19 @@ SE_EXT_DEVICE int cluster_size() {
 SE_EXT_DEVICE int cluster_rank() {
   return cuda_host::cluster_rank();
 }
-SE_EXT_DEVICE void cluster_barrier(cuda_host::Place where = cuda_host::Place::current()) {
+SE_EXT_DEVICE void cluster_arrive() {
+  cuda_host::arrive();
+}
+SE_EXT_DEVICE void cluster_wait(cuda_host::Place where = cuda_host::Place::current()) {
   cuda_host::wait(cuda_host::Barrier::Cluster, where);
 }
+SE_EXT_DEVICE void cluster_barrier(cuda_host::Place where = cuda_host::Place::current()) {
+  cluster_arrive();
+  cluster_wait(where);
+}
 template <class A>
-SE_EXT_DEVICE const A* shared_of_rank(const A* shared, int rank) {
-  return static_cast<const A*>(cuda_host::shared_of_rank(shared, sizeof(A), rank));
+SE_EXT_DEVICE A* shared_of_rank(A* shared, int rank) {
+  return static_cast<A*>(cuda_host::shared_of_rank(shared, sizeof(A), rank));
 }
 
 // ---- copies and accesses ----
@@ -35,8 +42,16 @@ SE_EXT_DEVICE void copy16(void* shared, const void* global) {
   cuda_host::require_shared("copy16", shared, 16);
   cuda_host::begin_copy(static_cast<uint4*>(shared), *static_cast<const uint4*>(global));
 }
+SE_EXT_DEVICE void copies_commit() {
+  cuda_host::commit_copies();
+}
+template <int newest>
 SE_EXT_DEVICE void copies_wait() {
-  cuda_host::finish_copies();
+  cuda_host::finish_copies(newest);
+}
+// Reads, so that the sanitizer sees an address of nothing.
+SE_EXT_DEVICE void prefetch(const void* global) {
+  (void)*static_cast<const volatile char*>(global);
 }
 SE_EXT_DEVICE void store_streaming(uint4* to, uint4 value) {
   cuda_host::require_aligned("store_streaming", to, 16);

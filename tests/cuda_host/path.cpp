@@ -1,5 +1,6 @@
 // For Python, which reaches this library through ctypes.
 #include "../../csrc/cuda/plan.h"
+#include "../../csrc/cuda/tiling.h"
 #include "../../csrc/info.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -25,6 +26,15 @@ se_ext::cuda::Work work_of(bool is_half, bool is_last, long channels, long point
 }
 
 }  // namespace
+
+// The threads of a block that sum its share of a channels_last slab, the share being `columns` accesses wide.
+EXPORTED int cuda_host_threads_that_sum(bool is_half, long channels, long points, long columns) {
+  using namespace se_ext::cuda;
+  const Tiling tiling = Tiling::of(work_of(is_half, true, channels, points, 1, 1).slab,
+                                   is_half ? se_ext::DType::BFloat16 : se_ext::DType::Float32);
+  const BandLayout layout = BandLayout::of_share(tiling, columns);
+  return layout.width * layout.tiles * tiling.rows;
+}
 
 // The path that an inference would take: 0 cluster, 1 chunked, 2 whole.
 EXPORTED int cuda_host_plan(bool is_half, bool is_last, long channels, long points, long samples, long hidden) {

@@ -105,6 +105,8 @@ __global__ void shuffle_kernel(double* out) {
 // Every block's sum of its cluster's ranks, `rounds` times over.
 __global__ void cluster_kernel(int* out, int rounds) {
   int* shared = reinterpret_cast<int*>(dynamic_shared());
+  cluster_arrive();
+  cluster_wait();
   for (int round = 0; round < rounds; ++round) {
     shared[threadIdx.x] = cluster_rank() * 1000 + static_cast<int>(threadIdx.x);
     cluster_barrier();
@@ -118,10 +120,29 @@ __global__ void cluster_kernel(int* out, int rounds) {
 __global__ void copy_kernel(const uint4* from, uint4* to, bool wait) {
   uint4* shared = reinterpret_cast<uint4*>(dynamic_shared());
   copy16(shared + threadIdx.x, from + threadIdx.x);
-  if (wait) copies_wait();
+  copies_commit();
+  if (wait) copies_wait<0>();
   __syncthreads();
   store_streaming(to + threadIdx.x, shared[(threadIdx.x + 1) % blockDim.x]);
-  if (!wait) copies_wait();
+  if (!wait) copies_wait<0>();
+}
+
+// Three groups of a copy, of none and of two; after a wait but for the newest, and after a wait for all.
+__global__ void groups_kernel(const uint4* from, uint4* seen) {
+  if (threadIdx.x != 0) return;
+  uint4* shared = reinterpret_cast<uint4*>(dynamic_shared());
+  copy16(shared, from);
+  copies_commit();
+  copies_commit();
+  copy16(shared + 1, from + 1);
+  copy16(shared + 2, from + 2);
+  copies_commit();
+  copies_wait<2>();
+  for (int i = 0; i < 3; ++i) seen[i] = shared[i];
+  copies_wait<1>();
+  for (int i = 0; i < 3; ++i) seen[3 + i] = shared[i];
+  copies_wait<0>();
+  for (int i = 0; i < 3; ++i) seen[6 + i] = shared[i];
 }
 
 __global__ void shared_kernel(int* wrong, std::size_t bytes) {
@@ -182,11 +203,12 @@ __global__ void half_mask_kernel(int* out) {
 __global__ void peer_exited_kernel(bool early) {
   int* shared = reinterpret_cast<int*>(dynamic_shared());
   int* peer = nullptr;
-  if (early) peer = const_cast<int*>(shared_of_rank(shared, 1 - cluster_rank()));
+  cluster_barrier();
+  if (early) peer = shared_of_rank(shared, 1 - cluster_rank());
   cluster_barrier();
   if (cluster_rank() == 1) return;
   for (int i = 0; i < 100; ++i) __syncthreads();  // long enough
-  if (!early) peer = const_cast<int*>(shared_of_rank(shared, 1 - cluster_rank()));
+  if (!early) peer = shared_of_rank(shared, 1 - cluster_rank());
   *peer = 1;
 }
 
@@ -199,13 +221,19 @@ __global__ void alone_kernel(int* out) {
   out[blockIdx.x] = 10 * cluster_size() + cluster_rank();
 }
 
+__global__ void halves_kernel(int arrivals) {
+  for (int i = 0; i < arrivals; ++i) cluster_arrive();
+  cluster_wait();
+}
+
 __global__ void no_wait_kernel(const uint4* from) {
   copy16(dynamic_shared(), from);
 }
 
 __global__ void copy_to_kernel(const char* from, int at, char* elsewhere) {
   copy16(elsewhere ? elsewhere : dynamic_shared() + at, from);
-  copies_wait();
+  copies_commit();
+  copies_wait<0>();
 }
 
 __global__ void streaming_kernel(char* to) {
@@ -275,6 +303,11 @@ void test_values() {
   launch({.block = 64, .shared = 1024}, copy_kernel, from.data(), to.data(), false);
   right = std::any_of(to.begin(), to.end(), [](uint4 v) { return v.x == 0xffffffff; });
   expect(right, "copy16, waited for too late, has not taken place");
+  std::vector<uint4> seen(9);
+  launch({.shared = 48}, groups_kernel, from.data(), seen.data());
+  right = true;
+  for (unsigned i = 0; i < 9; ++i) right &= seen[i].x == (i == 0 || i == 3 || i >= 6 ? i % 3 : 0xffffffff);
+  expect(right, "copies in groups: all but the newest ones are waited for");
 
   std::vector<int> order(512), second(256);
   int next = 0;
@@ -396,6 +429,12 @@ void test_deaths() {
   expect_death("part of a warp", "only whole warps", [] { launch({.block = 33}, nothing_kernel); });
   expect_death("shared_of_rank of a block that has exited", "the block of rank 1 has exited",
                [] { launch({.grid = 2, .shared = 64, .cluster = 2}, peer_exited_kernel, false); });
+  expect_death("shared_of_rank before the cluster's first barrier", "the block of rank 1 may not have begun",
+               [] { launch({.grid = 2, .shared = 64, .cluster = 2}, rank_kernel, 1, 0); });
+  expect_death("cluster_wait without cluster_arrive", "cluster_wait: before cluster_arrive()",
+               [] { launch({.grid = 2, .cluster = 2}, halves_kernel, 0); });
+  expect_death("cluster_arrive twice", "cluster_arrive: twice before cluster_wait()",
+               [] { launch({.grid = 2, .cluster = 2}, halves_kernel, 2); });
   expect_death("shared_of_rank beyond the cluster", "rank 2 in a cluster of 2",
                [] { launch({.grid = 2, .shared = 64, .cluster = 2}, rank_kernel, 2, 0); });
   expect_death("shared_of_rank of what isn't shared", "is not in the block's 64 bytes of shared memory",

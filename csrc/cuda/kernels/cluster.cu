@@ -24,6 +24,8 @@ struct BlockWork {
   std::int64_t channels, hidden_channels, points, first_sample;
   std::int64_t unit;        // the blocks share out the channels in units of so many
   std::int64_t part_bytes;  // of the slab, per block
+  BandLayout layout;        // channels_last: over a block's share
+  std::int64_t stage;       // what is copied and then summed at a time: channels, or tiles of points
   Divider by_points;
   BlockLayer first, second;
   bool weights_are_wide;  // in the accumulation type beside half-typed maps
@@ -51,6 +53,11 @@ struct SharedPlan {
   }
 };
 
+// Accesses in which sum_band and the sums of its tiles have room.
+SE_EXT_HOST_DEVICE std::int64_t items_to_combine(const BandLayout& layout) {
+  return kThreads + layout.tiles * layout.width;
+}
+
 // A block's share of `items`, given out in units.
 struct Share {
   std::int64_t begin, end;
@@ -59,11 +66,30 @@ struct Share {
         end(rank + 1 == ranks ? items : items / unit * (rank + 1) / ranks * unit) {}
 };
 
-// Copies [from, from + count) to shared memory, at the same offset from an address that is a multiple of 16.
+// Loads the stages of a share and uses each as soon as it is there, while the next kStagesAhead are on their way.
+constexpr int kStagesAhead = 3;
+constexpr std::int64_t kStageBytes = 16 * 1024;
+
+template <class Load, class Use>
+SE_EXT_DEVICE void in_stages(std::int64_t stages, const Load& load, const Use& use) {
+  for (std::int64_t next = 0; next < stages + kStagesAhead; ++next) {
+    if (next < stages) load(next);
+    copies_commit();
+    if (next < kStagesAhead) continue;
+    copies_wait<kStagesAhead>();
+    __syncthreads();
+    use(next - kStagesAhead);
+  }
+}
+
+SE_EXT_DEVICE std::int64_t smaller(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+
+// Copies [from, from + count) to shared memory, where it lies at the same offset from a multiple of 16 bytes.
 template <class T>
-SE_EXT_DEVICE T* fetch(const T* from, std::int64_t count, char* shared) {
+SE_EXT_DEVICE void fetch(const T* from, std::int64_t count, T* to) {
   const auto offset = static_cast<int>(reinterpret_cast<std::uintptr_t>(from) & 15);
-  T* to = reinterpret_cast<T*>(shared + offset);
   const std::int64_t to_aligned = (offset ? 16 - offset : 0) / static_cast<int>(sizeof(T));
   const std::int64_t head = to_aligned < count ? to_aligned : count;
   const std::int64_t accesses = (count - head) / kFull<T>;
@@ -72,13 +98,11 @@ SE_EXT_DEVICE T* fetch(const T* from, std::int64_t count, char* shared) {
   }
   for (std::int64_t i = threadIdx.x; i < head; i += kThreads) to[i] = from[i];
   for (std::int64_t i = head + accesses * kFull<T> + threadIdx.x; i < count; i += kThreads) to[i] = from[i];
-  return to;
 }
 
 // The same for `points` rows of `width` values that lie `pitch` apart, to one after the other.
 template <int n, class T>
-SE_EXT_DEVICE T* fetch_rows(const T* from, std::int64_t points, std::int64_t width, std::int64_t pitch, char* shared) {
-  T* to = reinterpret_cast<T*>(shared);
+SE_EXT_DEVICE void fetch_rows(const T* from, std::int64_t points, std::int64_t width, std::int64_t pitch, T* to) {
   const std::int64_t per_row = width / n;  // the rows start at multiples of n values
   const std::int64_t rows_ahead = kThreads / per_row, columns_ahead = kThreads - rows_ahead * per_row;
   std::int64_t row = threadIdx.x / per_row, column = threadIdx.x - row * per_row;
@@ -95,7 +119,15 @@ SE_EXT_DEVICE T* fetch_rows(const T* from, std::int64_t points, std::int64_t wid
       ++row;
     }
   }
-  return to;
+}
+
+// Asks for these rows of a layer's weight.
+SE_EXT_DEVICE void prefetch_rows(const BlockLayer& l, std::int64_t row_bytes, Share rows) {
+  constexpr std::int64_t kLine = 128;
+  const char* weight = static_cast<const char*>(l.weight);
+  for (std::int64_t i = rows.begin * row_bytes + threadIdx.x * kLine; i < rows.end * row_bytes; i += kThreads * kLine) {
+    prefetch(weight + i);
+  }
 }
 
 // Rows [begin, end) of a layer for one vector: put(row, hidden, activated) once per row.
@@ -135,14 +167,15 @@ SE_EXT_DEVICE void layer(const BlockLayer& l, bool is_wide, const A* vector, std
   }
 }
 
-// Fetches the other blocks' shares of a vector that all of them keep at the same place.
+// Gives this block's share of a vector to the other blocks, which keep the vector at the same place. Stores to their
+// memory wait for nothing; loads from it would, one block after another.
 template <class A>
-SE_EXT_DEVICE void gather(A* vector, std::int64_t items, std::int64_t unit, int rank, int ranks) {
-  for (int r = 0; r < ranks; ++r) {
-    if (r == rank) continue;
-    const A* there = shared_of_rank(vector, r);
-    const Share share(items, unit, r, ranks);
-    for (std::int64_t i = share.begin + threadIdx.x; i < share.end; i += kThreads) vector[i] = there[i];
+SE_EXT_DEVICE void push(A* vector, Share share, int rank, int ranks) {
+  for (std::int64_t i = share.begin + threadIdx.x; i < share.end; i += kThreads) {
+    const A value = vector[i];
+    for (int r = 0; r < ranks; ++r) {
+      if (r != rank) *shared_of_rank(vector + i, r) = value;
+    }
   }
 }
 
@@ -156,63 +189,86 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int rank = cluster_rank(), ranks = cluster_size(), thread = static_cast<int>(threadIdx.x);
   const std::int64_t C = w.channels, M = w.hidden_channels, P = w.points, tiles = w.tiling.tiles;
   const std::int64_t sample = w.first_sample + blockIdx.x / static_cast<unsigned>(ranks);
-  const Share mine(C, w.unit, rank, ranks);
+  const Share mine(C, w.unit, rank, ranks), my_hidden(M, 1, rank, ranks);
   const std::int64_t width = mine.end - mine.begin;
 
   char* shared = dynamic_shared();
-  const SharedPlan<A> at(w.part_bytes, C, M, writing == Writing::Bands ? kThreads * n : 0);
+  const SharedPlan<A> at(w.part_bytes, C, M, writing == Writing::Bands ? items_to_combine(w.layout) * n : 0);
   A* z = reinterpret_cast<A*>(shared + at.z);
   A* h = reinterpret_cast<A*>(shared + at.h);
   A* scale = reinterpret_cast<A*>(shared + at.scale);
 
-  if constexpr (writing == Writing::Bands) {
-    squeeze.x = fetch_rows<n>(squeeze.x + sample * C * P + mine.begin, P, width, C, shared);
-  } else {
-    squeeze.x = fetch(squeeze.x + (sample * C + mine.begin) * P, width * P, shared);
-  }
+  cluster_arrive();
+  const std::int64_t weight_bytes = w.weights_are_wide ? sizeof(A) : sizeof(T);
+  prefetch_rows(w.first, C * weight_bytes, my_hidden);
+  prefetch_rows(w.second, M * weight_bytes, mine);
+
   // In shared memory x begins with this block's share, and the scale is this sample's alone.
-  rescale.x = squeeze.x;
+  const T* const from =
+      squeeze.x + (writing == Writing::Bands ? sample * C * P + mine.begin : (sample * C + mine.begin) * P);
+  T* const part = reinterpret_cast<T*>(shared + (reinterpret_cast<std::uintptr_t>(from) & 15));
+  squeeze.x = rescale.x = part;
   rescale.scale = scale;
   rescale.channels = 0;
   const auto x_of_band = [=](std::int64_t point, std::int64_t channel) { return point * width + channel - mine.begin; };
-  copies_wait();
-  __syncthreads();
 
   if constexpr (writing == Writing::Bands) {
-    for (std::int64_t first = mine.begin; first < mine.end; first += w.tiling.width * n) {
-      for (std::int64_t t = 0; t < tiles; ++t) {
-        // As sum_tiles: a channel is always the same thread's.
-        sum_band<n>(squeeze, sample, first, mine.end, t, w.tiling, P, reinterpret_cast<A*>(shared + at.combine),
-                    x_of_band, [&](int, std::int64_t c, A sum) {
-                      const A total = t == 0 ? sum : z[c] + sum;
-                      z[c] = t == tiles - 1 ? total / static_cast<A>(P) : total;
-                    });
+    A* const combine = reinterpret_cast<A*>(shared + at.combine);
+    A* const tile_sums = combine + kThreads * n;
+    const int wide = w.layout.width * n;
+    const auto load = [&](std::int64_t stage) {
+      const std::int64_t begin = stage * w.stage * w.tiling.extent, end = smaller(begin + w.stage * w.tiling.extent, P);
+      fetch_rows<n>(from + begin * C, end - begin, width, C, part + begin * width);
+    };
+    in_stages((tiles + w.stage - 1) / w.stage, load, [&](std::int64_t stage) {
+      const std::int64_t end = smaller((stage + 1) * w.stage, tiles);
+      for (std::int64_t t = stage * w.stage; t < end; t += w.layout.tiles) {
+        for (std::int64_t first = mine.begin; first < mine.end; first += wide) {
+          sum_band<n>(
+              squeeze, sample, first, mine.end, t, w.tiling, w.layout, P, combine, x_of_band,
+              [&](int, int tile, std::int64_t channel, A sum) { tile_sums[tile * wide + channel - first] = sum; });
+          // As sum_tiles: a channel is always the same thread's.
+          const std::int64_t c = first + thread, left = tiles - t;
+          if (thread < wide && c < mine.end) {
+            A sum = t == 0 ? tile_sums[thread] : z[c] + tile_sums[thread];
+            for (int i = 1; i < w.layout.tiles && i < left; ++i) sum += tile_sums[i * wide + thread];
+            z[c] = left <= w.layout.tiles ? sum / static_cast<A>(P) : sum;
+          }
+        }
       }
-    }
+    });
   } else {
-    for (std::int64_t start = mine.begin; start < mine.end; start += kThreads / w.tiling.lanes) {
-      const std::int64_t c = start + thread / w.tiling.lanes;
-      const std::int64_t channel = c < mine.end ? c : mine.end - 1;
-      const A sum = sum_tiles<A>(tiles, [&](std::int64_t t) {
-        return sum_row<n>(squeeze, sample, channel, channel - mine.begin, t, w.tiling, P / n).part[0][0];
-      });
-      if (c < mine.end && (thread & (w.tiling.lanes - 1)) == 0) z[channel] = sum / static_cast<A>(P);
-    }
+    const auto load = [&](std::int64_t stage) {
+      const std::int64_t begin = stage * w.stage, end = smaller(begin + w.stage, width);
+      fetch(from + begin * P, (end - begin) * P, part + begin * P);
+    };
+    in_stages((width + w.stage - 1) / w.stage, load, [&](std::int64_t stage) {
+      const std::int64_t begin = mine.begin + stage * w.stage, end = smaller(begin + w.stage, mine.end);
+      for (std::int64_t start = begin; start < end; start += kThreads / w.tiling.lanes) {
+        const std::int64_t c = start + thread / w.tiling.lanes;
+        const std::int64_t channel = c < end ? c : end - 1;
+        const A sum = sum_tiles<A>(tiles, [&](std::int64_t t) {
+          return sum_row<n>(squeeze, sample, channel, channel - mine.begin, t, w.tiling, P / n).part[0][0];
+        });
+        if (c < end && (thread & (w.tiling.lanes - 1)) == 0) z[channel] = sum / static_cast<A>(P);
+      }
+    });
   }
-  cluster_barrier();
-  gather(z, C, w.unit, rank, ranks);
   __syncthreads();
+  cluster_wait();  // all blocks have begun: their memory may be written to
+  push(z, mine, rank, ranks);
+  cluster_barrier();
 
-  layer<T>(w.first, w.weights_are_wide, z, C, Share(M, 1, rank, ranks), [&](std::int64_t row, A before, A after) {
+  layer<T>(w.first, w.weights_are_wide, z, C, my_hidden, [&](std::int64_t row, A before, A after) {
     h[row] = after;
     if (w.hidden) w.hidden[sample * M + row] = before;
   });
   if (w.z) {
     for (std::int64_t c = mine.begin + thread; c < mine.end; c += kThreads) w.z[sample * C + c] = z[c];
   }
-  cluster_barrier();
-  gather(h, M, 1, rank, ranks);
-  cluster_barrier();  // nobody reads another block's memory from here on
+  __syncthreads();
+  push(h, my_hidden, rank, ranks);
+  cluster_barrier();  // nobody writes to another block's memory from here on
   layer<T>(w.second, w.weights_are_wide, h, M, mine, [&](std::int64_t row, A, A after) {
     scale[row] = after;
     if (w.scale) w.scale[sample * C + row] = after;
@@ -231,8 +287,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     write_across_rows<kAccess>(rescale, sample, -mine.begin * P, mine.begin * P / kAccess, mine.end * P / kAccess,
                                thread, kThreads, C, w.by_points);
   } else {
-    for (std::int64_t first = mine.begin; first < mine.end; first += w.tiling.width * n) {
-      write_band<n>(rescale, sample, first, mine.end, 0, P, w.tiling, C, P, x_of_band);
+    for (std::int64_t first = mine.begin; first < mine.end; first += w.layout.width * n) {
+      write_band<n>(rescale, sample, first, mine.end, 0, P, w.layout, C, P, x_of_band);
     }
   }
 }
@@ -243,17 +299,38 @@ std::int64_t unit_of(const Slab& slab, DType type) {
   return slab.channels % full == 0 ? full : 1;
 }
 
-std::int64_t part_bytes_of(DType type, const Slab& slab, int cluster) {
+// The channels of the block that has most.
+std::int64_t most_channels(const Slab& slab, DType type, int cluster) {
   const std::int64_t unit = unit_of(slab, type);
-  const std::int64_t items = divide_up(slab.channels / unit, cluster) * unit * slab.points;
+  return divide_up(slab.channels / unit, cluster) * unit;
+}
+
+std::int64_t part_bytes_of(DType type, const Slab& slab, int cluster) {
+  const std::int64_t items = most_channels(slab, type, cluster) * slab.points;
   return divide_up(items * size_of(type) + 15, 16) * 16;  // from any offset
+}
+
+BandLayout layout_of(DType type, const Slab& slab, int cluster) {
+  const Tiling tiling = Tiling::of(slab, type);
+  return slab.layout == Layout::ChannelsLast
+             ? BandLayout::of_share(tiling, most_channels(slab, type, cluster) / tiling.access)
+             : BandLayout{};
 }
 
 template <class A>
 SharedPlan<A> shared_plan(DType type, const Slab& slab, std::int64_t hidden_channels, int cluster) {
   const bool in_bands = slab.layout == Layout::ChannelsLast;
   return {part_bytes_of(type, slab, cluster), slab.channels, hidden_channels,
-          in_bands ? kThreads * Tiling::of(slab, type).access : 0};
+          in_bands ? items_to_combine(layout_of(type, slab, cluster)) * Tiling::of(slab, type).access : 0};
+}
+
+// Whole turns of the sums' loop, whose copies begin at multiples of 16 bytes from the start of the share.
+std::int64_t stage_of(DType type, const Slab& slab, int cluster) {
+  const Tiling tiling = Tiling::of(slab, type);
+  const bool in_bands = slab.layout == Layout::ChannelsLast;
+  const std::int64_t turn = in_bands ? layout_of(type, slab, cluster).tiles : kThreads / tiling.lanes;
+  const std::int64_t items = in_bands ? tiling.extent * most_channels(slab, type, cluster) : slab.points;
+  return turn * std::max<std::int64_t>(1, kStageBytes / (turn * items * size_of(type)));
 }
 
 // f(kernel) with the kernel of a slab
@@ -284,6 +361,8 @@ cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitat
                           batch.first,
                           unit_of(batch.slab, batch.dtype),
                           part_bytes_of(batch.dtype, batch.slab, cluster),
+                          layout_of(batch.dtype, batch.slab, cluster),
+                          stage_of(batch.dtype, batch.slab, cluster),
                           Divider(batch.slab.points),
                           layer(excitation.first),
                           layer(excitation.second),

@@ -60,11 +60,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const std::int64_t in_batch = w.first_sample + sample;
     const std::int64_t first_channel = band * w.tiling.width * n, base = in_batch * w.points;
     sum_band<n>(
-        visitor, in_batch, first_channel, w.channels, tile, w.tiling, w.points, reinterpret_cast<A*>(dynamic_shared()),
+        visitor, in_batch, first_channel, w.channels, tile, w.tiling, whole_band(w.tiling), w.points,
+        reinterpret_cast<A*>(dynamic_shared()),
         [=, channels = w.channels](std::int64_t point, std::int64_t channel) {
           return (base + point) * channels + channel;
         },
-        [&](int part, std::int64_t channel, A sum) {
+        [&](int part, int, std::int64_t channel, A sum) {
           out[sum_index<Visitor>(w, in_batch, tile, part, channel)] = sum / divisor;
         });
   }
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(kThreads, 1) write_bands(Visitor visitor, Work
     const std::int64_t begin = place.remainder * w.extent;
     const std::int64_t end = begin + w.extent < w.points ? begin + w.extent : w.points;
     const std::int64_t in_batch = w.first_sample + sample, base = in_batch * w.points;
-    write_band<n>(visitor, in_batch, band * w.tiling.width * n, w.channels, begin, end, w.tiling, w.channels, w.points,
-                  [=, channels = w.channels](std::int64_t point, std::int64_t channel) {
+    write_band<n>(visitor, in_batch, band * w.tiling.width * n, w.channels, begin, end, whole_band(w.tiling),
+                  w.channels, w.points, [=, channels = w.channels](std::int64_t point, std::int64_t channel) {
                     return (base + point) * channels + channel;
                   });
   }

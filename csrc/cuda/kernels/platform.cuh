@@ -40,21 +40,31 @@ SE_EXT_DEVICE int cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster, which see all that was written to shared memory before it.
-SE_EXT_DEVICE void cluster_barrier() {
+// A barrier of all threads of the cluster in two halves: after the wait a thread sees all that was written to shared
+// memory before the others arrived. Between the halves a thread may do what concerns no other block.
+SE_EXT_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
+#endif
+}
+SE_EXT_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();
 #else
   __syncthreads();
 #endif
 }
+SE_EXT_DEVICE void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
 
-// Where the block of that rank has what this block has at `shared`.
+// Where the block of that rank has what this block has at `shared`: to be used between a first barrier of the cluster,
+// before which that block may not have begun, and a last one, after which it may have exited.
 template <class A>
-SE_EXT_DEVICE const A* shared_of_rank(const A* shared, int rank) {
+SE_EXT_DEVICE A* shared_of_rank(A* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
-  return static_cast<const A*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
+  return static_cast<A*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
 #else
   return shared;
 #endif
@@ -62,7 +72,7 @@ SE_EXT_DEVICE const A* shared_of_rank(const A* shared, int rank) {
 
 // ---- global to shared memory, past the registers ----
 
-// 16 bytes, both sides aligned; there after copies_wait() and, for other threads, a barrier.
+// 16 bytes, both sides aligned; there after a wait for the copy's group and, for other threads, a barrier.
 SE_EXT_DEVICE void copy16(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
@@ -72,10 +82,24 @@ SE_EXT_DEVICE void copy16(void* shared, const void* global) {
 #endif
 }
 
+// The copies that the thread has begun since the last call are a group, if only of none.
+SE_EXT_DEVICE void copies_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until the copies of all of the thread's groups are there, but of the `newest` last ones.
+template <int newest>
 SE_EXT_DEVICE void copies_wait() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
 #endif
+}
+
+// A hint: the 128 bytes around the address will be read soon.
+SE_EXT_DEVICE void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 // ---- accesses ----

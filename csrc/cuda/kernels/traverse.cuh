@@ -114,38 +114,50 @@ SE_EXT_DEVICE Accumulators<Visitor, 1> sum_row(const Visitor& visitor, std::int6
   return sums;
 }
 
-// A tile of up to `width` accesses side by side, from `first_channel` on, summed by the block: put(part, channel, sum)
-// is called once per part and channel, for a channel always by the same thread; index(point, channel) is where x's
-// access lies. `shared` has room for a value per thread and value of an access. Starts and ends with all threads of the
-// block together.
+// Of a block that has all of a band, and takes a tile at a time.
+SE_EXT_DEVICE BandLayout whole_band(const Tiling& tiling) {
+  return {tiling.width, tiling.rows, 1};
+}
+
+// As many tiles as the layout has, from `tile` on, of up to `width` accesses side by side, from `first_channel` on,
+// summed by the block: put(part, tile, channel, sum) is called once for each of them, tiles counted from `tile`;
+// index(point, channel) is where x's access lies. `shared` has room for a value per thread and value of an access.
+// Starts and ends with all threads of the block together.
 template <int n, class Visitor, class Index, class Put>
 SE_EXT_DEVICE void sum_band(const Visitor& visitor, std::int64_t sample, std::int64_t first_channel,
-                            std::int64_t end_channel, std::int64_t tile, const Tiling& tiling, std::int64_t points,
-                            acc_t<typename Visitor::value_type>* shared, const Index& index, const Put& put) {
+                            std::int64_t end_channel, std::int64_t tile, const Tiling& tiling, BandLayout layout,
+                            std::int64_t points, acc_t<typename Visitor::value_type>* shared, const Index& index,
+                            const Put& put) {
   using A = acc_t<typename Visitor::value_type>;
   const int thread = static_cast<int>(threadIdx.x);
-  const int row = thread / tiling.width, column = thread - row * tiling.width;
+  const int row = thread / layout.width, column = thread - row * layout.width;
+  const int rows = layout.tiles * tiling.rows;
   const std::int64_t mine = first_channel + column * n;
-  const std::int64_t begin = tile * tiling.extent;
-  const std::int64_t end = begin + tiling.extent < points ? begin + tiling.extent : points;
   Accumulators<Visitor, n> sums;
-  if (row < tiling.rows && mine < end_channel) {
+  if (row < rows && mine < end_channel) {
+    const int tile_of_row = row / tiling.rows;
+    const std::int64_t begin = (tile + tile_of_row) * tiling.extent;
+    const std::int64_t end = begin + tiling.extent < points ? begin + tiling.extent : points;
     const auto prepared = visitor.template prepare<n>(sample, Consecutive{mine});
-    add_all<n>(visitor, prepared, begin + row, end, tiling.rows, [=](std::int64_t p) { return index(p, mine); }, sums);
+    add_all<n>(
+        visitor, prepared, begin + (row - tile_of_row * tiling.rows), end, tiling.rows,
+        [=](std::int64_t p) { return index(p, mine); }, sums);
   }
-  const int wide = tiling.width * n;
+  const int wide = layout.width * n;
   SE_EXT_UNROLL
   for (int k = 0; k < Visitor::kParts; ++k) {
-    if (row < tiling.rows) {
+    if (row < rows) {
       SE_EXT_UNROLL
       for (int j = 0; j < n; ++j) shared[row * wide + column * n + j] = sums.part[k][j];
     }
     __syncthreads();
-    const std::int64_t channel = first_channel + thread;
-    if (thread < wide && channel < end_channel) {
-      A sum = shared[thread];
-      for (int r = 1; r < tiling.rows; ++r) sum += shared[r * wide + thread];
-      put(k, channel, sum);
+    const int of_tile = thread / wide, within = thread - of_tile * wide;
+    const std::int64_t channel = first_channel + within;
+    if (of_tile < layout.tiles && tile + of_tile < tiling.tiles && channel < end_channel) {
+      const A* first = shared + of_tile * tiling.rows * wide + within;
+      A sum = first[0];
+      for (int r = 1; r < tiling.rows; ++r) sum += first[r * wide];
+      put(k, of_tile, channel, sum);
     }
     __syncthreads();
   }
@@ -219,15 +231,15 @@ SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample
 // channel) is where x's access lies.
 template <int n, class Visitor, class XIndex>
 SE_EXT_DEVICE void write_band(const Visitor& visitor, std::int64_t sample, std::int64_t first_channel,
-                              std::int64_t end_channel, std::int64_t begin, std::int64_t end, const Tiling& tiling,
+                              std::int64_t end_channel, std::int64_t begin, std::int64_t end, BandLayout layout,
                               std::int64_t channels, std::int64_t points, const XIndex& x_index) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int row = thread / tiling.width, column = thread - row * tiling.width;
+  const int row = thread / layout.width, column = thread - row * layout.width;
   const std::int64_t mine = first_channel + column * n;
-  if (row >= tiling.rows || mine >= end_channel) return;
+  if (row >= layout.rows || mine >= end_channel) return;
   const std::int64_t base = sample * points;
   write_all<n>(
-      visitor, visitor.template prepare<n>(sample, Consecutive{mine}), begin + row, end, tiling.rows,
+      visitor, visitor.template prepare<n>(sample, Consecutive{mine}), begin + row, end, layout.rows,
       [=](std::int64_t p) { return (base + p) * channels + mine; }, [=](std::int64_t p) { return x_index(p, mine); });
 }
 
