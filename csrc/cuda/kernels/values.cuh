@@ -133,7 +133,8 @@ SE_EXT_DEVICE std::uint32_t narrow2(float first, float second, float16*) {
   return float_to_half2(first, second);
 }
 
-// Stores n values in one access aligned to its size; past the caches where `streaming` and 16 bytes wide.
+// Stores n values in one access of up to 16 bytes, or two of 16, aligned to its size; past the caches where `streaming`
+// and 16 bytes wide.
 template <class T, class A, int n>
 SE_EXT_DEVICE void store(T* to, const Lanes<A, n>& values, bool streaming = false) {
   using R = Raw<T, n>;
@@ -149,15 +150,17 @@ SE_EXT_DEVICE void store(T* to, const Lanes<A, n>& values, bool streaming = fals
     for (int j = 0; j < n / 2; ++j) pairs[j] = narrow2(values[2 * j], values[2 * j + 1], static_cast<T*>(nullptr));
     memcpy(&raw, pairs, sizeof raw);
   }
-  static_assert(R::kBytes <= 16);
   auto* access = reinterpret_cast<typename R::Access*>(to);
-  if constexpr (R::kBytes == 16) {
-    if (streaming) {
-      store_streaming(access, raw.words[0]);
-      return;
+  SE_EXT_UNROLL
+  for (int i = 0; i < R::kBytes / R::kAccess; ++i) {
+    if constexpr (R::kAccess == 16) {
+      if (streaming) {
+        store_streaming(access + i, raw.words[i]);
+        continue;
+      }
     }
+    access[i] = raw.words[i];
   }
-  *access = raw.words[0];
 }
 
 // f(T{}) with the C++ type of a dtype
