@@ -32,8 +32,15 @@ MUST_LOAD_16_BYTES = [
 ]
 
 # The thread blocks of a kernel whose registers must have room on a multiprocessor: what csrc/cuda/plan.cpp counts on
-# (kBlocksPerMultiprocessor), and for all others that a block can be launched at all.
-BLOCKS_PER_MULTIPROCESSOR = [(r"\bblock_kernel<", 2), (r"", 1)]
+# (kBlocksPerMultiprocessor) and csrc/cuda/kernels/map.cuh (kWriteBlocks; kRowBlocks where accesses are narrow and of one
+# map), and for all others that a block can be launched at all.
+BLOCKS_PER_MULTIPROCESSOR = [
+    (r"\bblock_kernel<", 2),
+    (r"\bwrite_\w+<", 2),
+    (r"\bsum_rows<1, [\w:]*\bSum(Input|Prologue|Moments)<", 4),
+    (r"\bsum_rows<4, [\w:]*\bSum(Input|Prologue|Moments)<[\w:]*float16>", 4),
+    (r"", 1),
+]
 THREADS = [(r"\bbackward_kernel<", 128), (r"\bgradients_kernel<", 64), (r"", 256)]  # per block, at most
 REGISTERS = 64 * 1024  # of a multiprocessor, from compute capability 7.5 on
 

@@ -250,6 +250,21 @@ def test_ptx_of_a_gpu_without_clusters_on_one_that_has_them() -> None:
     assert run_with("host.cuda_host_set_ptx(80)", EVERY_PATH) == [*(neither + both) * 2, "1"]
 
 
+MANY_ROWS = """
+torch.manual_seed(1)
+for name in ("rows across accesses", "half-aligned rows", "odd", "sequence"):
+    for dtype in (torch.float32, torch.bfloat16):
+        t.check_every_path(t.SHAPES[name], dtype, False, cluster_bytes=8 * 200_000)
+print("done")
+"""
+
+
+def test_rows_in_turn() -> None:
+    """On one multiprocessor the thread blocks that sum rows are so few that each takes several rows one after the
+    other, and the last of them are beyond the end."""
+    assert run_with("host.cuda_host_set_attribute(16, 1)", MANY_ROWS) == ["done"]
+
+
 def test_shapes_side_by_side_in_two_threads() -> None:
     """One kernel, with much shared memory in one thread and with little in the other: the limit is set once, and never
     lowered."""

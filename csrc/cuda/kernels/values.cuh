@@ -50,6 +50,12 @@ SE_EXT_DEVICE Lanes<A, n> lanes(const F& f) {
   return out;
 }
 
+// `part` of the lanes, from `first` on
+template <int part, class A, int n>
+SE_EXT_DEVICE Lanes<A, part> slice(const Lanes<A, n>& of, int first) {
+  return lanes<A, part>([&](int j) { return of[first + j]; });
+}
+
 SE_EXT_DEVICE float multiply_add(float a, float b, float c) {
   return fmaf(a, b, c);
 }
@@ -94,6 +100,13 @@ SE_EXT_DEVICE Raw<T, n> load_raw(const T* from) {
     raw.words[i] = reinterpret_cast<const typename R::Access*>(from)[i];
   }
   return raw;
+}
+
+template <int part, class T, int n>
+SE_EXT_DEVICE Raw<T, part> slice(const Raw<T, n>& of, int first) {
+  Raw<T, part> out;
+  memcpy(&out, reinterpret_cast<const char*>(&of) + first * sizeof(T), sizeof out);
+  return out;
 }
 
 template <int n>
