@@ -32,8 +32,8 @@ MUST_LOAD_16_BYTES = [
 ]
 
 # The thread blocks of a kernel whose registers must have room on a multiprocessor: what csrc/cuda/plan.cpp counts on
-# (kBlocksPerMultiprocessor) and csrc/cuda/kernels/map.cuh (kWriteBlocks; kRowBlocks where accesses are narrow and of one
-# map), and for all others that a block can be launched at all.
+# (kBlocksPerMultiprocessor) and csrc/cuda/kernels/map.cuh (kWriteBlocks; kRowBlocks for narrow accesses of one map),
+# and for all others that a block can be launched at all.
 BLOCKS_PER_MULTIPROCESSOR = [
     (r"\bblock_kernel<", 2),
     (r"\bwrite_\w+<", 2),
