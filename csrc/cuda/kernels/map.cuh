@@ -25,8 +25,9 @@ SE_EXT_DEVICE std::int64_t sum_index(const Work& w, std::int64_t sample, std::in
   return ((sample * w.tiling.tiles + tile) * Visitor::kParts + part) * w.channels + channel;
 }
 
-// Of a kernel that sums rows, per multiprocessor: as many as find registers, for the launch has no more of them, and
-// each takes many rows in turn. What a thread works out at its start is then little beside the rows.
+// Of a kernel that sums rows, per multiprocessor: kRowBlocks at a time where accesses are narrow. A launch has three
+// times as many, so that the last round is full too where one, two or three find room at a time. Each takes many rows
+// in turn: what a thread works out at its start is then little beside the rows.
 constexpr int kRowBlocks = 4;
 
 // How the rows are shared out: a block sums a tile of `per_block` rows, or of a multiple of it, at a time, and goes on
@@ -214,7 +215,7 @@ cudaError_t launch_sums(const Batch& batch, const Visitor& visitor, const Sums& 
     error = with_access<T>(tiling.access, [&]<int n>() {
       const int per_block = kThreads / tiling.lanes, at_once = per_block * kRowsAtOnce<Visitor, n>;
       const std::int64_t rows = batch.samples * channels;
-      const std::int64_t most = divide_up(kRowBlocks * batch.multiprocessors, tiling.tiles);
+      const std::int64_t most = divide_up(3 * kRowBlocks * batch.multiprocessors, tiling.tiles);
       const std::int64_t blocks = std::min(divide_up(rows, at_once), most), step = blocks * at_once;
       const RowWork by{per_block, rows, step, step / channels, step % channels};
       return launch(sum_rows<n, Visitor>, blocks * tiling.tiles, kThreads, 0, batch.stream, visitor, work, by, out,
