@@ -32,13 +32,23 @@ MUST_LOAD_16_BYTES = [
 ]
 
 # The thread blocks of a kernel whose registers must have room on a multiprocessor: what csrc/cuda/plan.cpp counts on
-# (kBlocksPerMultiprocessor), and for all others that a block can be launched at all.
-BLOCKS_PER_MULTIPROCESSOR = [(r"\bblock_kernel<", 2), (r"", 1)]
-THREADS = [(r"\bbackward_kernel<", 512), (r"", 256)]  # per block, at most
+# (kBlocksPerMultiprocessor) and csrc/cuda/kernels/map.cuh (kWriteBlocks; kRowBlocks for narrow accesses of one map),
+# and for all others that a block can be launched at all.
+BLOCKS_PER_MULTIPROCESSOR = [
+    (r"\bblock_kernel<", 2),
+    (r"\bwrite_\w+<", 2),
+    (r"\bsum_rows<1, [\w:]*\bSum(Input|Prologue|Moments)<", 4),
+    (r"\bsum_rows<4, [\w:]*\bSum(Input|Prologue|Moments)<[\w:]*float16>", 4),
+    (r"", 1),
+]
+THREADS = [(r"\bbackward_kernel<", 128), (r"\bgradients_kernel<", 64), (r"", 256)]  # per block, at most
 REGISTERS = 64 * 1024  # of a multiprocessor, from compute capability 7.5 on
 
 # The products for a batch read a weight and the vectors of `samples` samples 16 bytes at a time: template arguments.
 DOT = re.compile(r"\bforward_kernel<(\d+), (\d+), [\w:]*\b(float|double|float16|bfloat16), (float|double)>")
+# The tiles of their backward, where they need not mind an edge, read four values at a time: weights in the first, of
+# four rows before they are used; vectors in the second, of eight samples, or four in float64.
+TILE = re.compile(r"\b(backward|gradients)_kernel<true, [\w:]*\b(float|double|float16|bfloat16), (float|double)>")
 
 # From global memory, or from where the compiler cannot know the memory; or past the registers.
 LOAD_16_BYTES = re.compile(
@@ -98,13 +108,17 @@ def blocks_per_multiprocessor(kernel: Kernel) -> int:
     return REGISTERS // (per_warp * first_match(THREADS, kernel.name) // 32)
 
 
-def wide_loads_of_dot(kernel: str) -> int:
-    """The 16-byte loads that one step of a product takes; 0 where its vectors are read value by value."""
-    match = DOT.search(kernel)
-    if match is None or match[1] == "1":
-        return 0
-    values, samples = int(match[1]), int(match[2])
-    return 1 + samples * values * {"float": 4, "double": 8}[match[4]] // 16
+def wide_loads_of_products(kernel: str) -> int:
+    """The 16-byte loads that one step of a product takes; 0 where it need not load so much at once."""
+    if match := DOT.search(kernel):
+        if match[1] == "1":
+            return 0
+        values, samples = int(match[1]), int(match[2])
+        return 1 + samples * values * {"float": 4, "double": 8}[match[4]] // 16
+    if match := TILE.search(kernel):
+        of_weights = {"float": 4, "double": 8}.get(match[2], 0)
+        return of_weights if match[1] == "backward" else 16
+    return 0
 
 
 class Kernel(NamedTuple):
@@ -192,6 +206,7 @@ def main() -> int:
 
     wide = products = 0
     found = set()
+    names = [k.name for k in kernels]
     for source in sorted((ROOT / setup_cuda.KERNELS).glob("*.cu")):
         files = sorted(kept.glob(f"{source.stem}.*ptx"))
         if not files:
@@ -199,7 +214,7 @@ def main() -> int:
         for file in files:
             in_file = kernels_in_ptx(file.read_text())
             for name, body in in_file.items():
-                expected, loads = wide_loads_of_dot(name), len(LOAD_16_BYTES.findall(body))
+                expected, loads = wide_loads_of_products(name), len(LOAD_16_BYTES.findall(body))
                 products += expected > 0
                 if loads < expected:
                     failed.append(f"{file.name}: {loads} loads of 16 bytes, expected {expected} and more: {name}")
@@ -210,8 +225,7 @@ def main() -> int:
             failed += [f"{file.name}: no 16-byte load from global memory: {name}" for name in narrow]
     print(f"kernels that must load 16 bytes at once, over the architectures: {wide}")
     print(f"kernels whose products must, over the architectures: {products}")
-    if products == 0:
-        failed.append(f"DOT finds no kernel: {DOT.pattern}")
+    failed += [f"finds no kernel: {rule.pattern}" for rule in (DOT, TILE) if not any(map(rule.search, names))]
     idle = [pattern for pattern in MUST_LOAD_16_BYTES if pattern not in found]
     failed += [f"MUST_LOAD_16_BYTES finds no kernel: {pattern}" for pattern in idle]
 

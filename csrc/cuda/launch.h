@@ -18,6 +18,7 @@ struct Batch {
   std::int64_t first, samples;
   bool streaming = false;  // the next op would miss the L2 cache anyway: what is written passes it by
   cudaStream_t stream = nullptr;
+  int multiprocessors = 1;  // of the device
 };
 
 // Where the sums over a map go: sums [N, parts, C], divided by `divisor`; partials, of partial_items(), where tiles are

@@ -39,7 +39,13 @@ inline void* writable(const at::Tensor& t) {
 }
 
 inline Batch batch_of(const FeatureMap& x, bool streaming = false) {
-  return {x.dtype, x.slab, 0, x.samples, streaming, c10::cuda::getCurrentCUDAStream().stream()};
+  return {x.dtype,
+          x.slab,
+          0,
+          x.samples,
+          streaming,
+          c10::cuda::getCurrentCUDAStream().stream(),
+          current_device().multiprocessors};
 }
 
 // Whether `maps` tensors of this size are more than the L2 cache keeps.

@@ -263,6 +263,21 @@ def test_ptx_of_a_gpu_without_clusters_on_one_that_has_them() -> None:
     assert run_with("host.cuda_host_set_ptx(80)", EVERY_PATH) == [*(neither + both) * 2, "1"]
 
 
+MANY_ROWS = """
+torch.manual_seed(1)
+for name in ("rows across accesses", "half-aligned rows", "odd", "sequence"):
+    for dtype in (torch.float32, torch.bfloat16):
+        t.check_every_path(t.SHAPES[name], dtype, False, cluster_bytes=8 * 200_000)
+print("done")
+"""
+
+
+def test_rows_in_turn() -> None:
+    """On one multiprocessor the thread blocks that sum rows are so few that each takes several rows one after the
+    other, and the last of them are beyond the end."""
+    assert run_with("host.cuda_host_set_attribute(16, 1)", MANY_ROWS) == ["done"]
+
+
 def test_shapes_side_by_side_in_two_threads() -> None:
     """One kernel, with much shared memory in one thread and with little in the other: the limit is set once, and never
     lowered."""
@@ -324,6 +339,25 @@ def test_a_batch_norm_in_training(dtype: torch.dtype, last: bool) -> None:
             )
 
         check_against_float64(lambda *t: run(se_ext, *t), lambda *t: run(reference, *t), leaves, (length, length))
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["weights as vectors", "weights in float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("samples", "channels", "hidden"), [(21, 140, 36), (10, 75, 33), (1, 64, 32)])
+def test_backward_of_the_excitation(samples: int, channels: int, hidden: int, dtype: torch.dtype, wide: bool) -> None:
+    """Its tiles: several along each side, the last of them not full; sides that are multiples of four and others; more
+    samples than are loaded ahead, and fewer. What is asked for beside a gradient does not change it."""
+    weights = make_weights(channels, hidden, torch.float32 if wide and dtype in HALF else dtype)
+    leaves = [t.requires_grad_() for t in (torch.randn(samples, channels, dtype=torch.float64).to(dtype), *weights)]
+    length = channels + hidden + samples
+    grad = torch.randn(samples, channels, dtype=torch.float64).to(dtype)
+    check_against_float64(se_ext.excite, reference.excite, leaves, (length, length), grad)
+    z, w1, b1, w2, b2 = leaves
+    together = torch.autograd.grad(se_ext.excite(*leaves), leaves, grad)
+    of_biases = torch.autograd.grad(se_ext.excite(z, w1.detach(), b1, w2.detach(), b2), (b1, b2), grad)
+    assert_same_bits(of_biases, [together[2], together[4]], "biases alone")
+    of_weights = torch.autograd.grad(se_ext.excite(z, w1, b1.detach(), w2, b2.detach()), (w1, w2), grad)
+    assert_same_bits(of_weights, [together[1], together[3]], "weights alone")
 
 
 @pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)

@@ -149,12 +149,14 @@ SE_EXT_DEVICE void dispatch(Activation a, const F& f) {
 // As the kernels take an activation: Identity costs nothing, Any chooses per access.
 struct Identity {
   static constexpr bool kIdentity = true;
+  Identity() = default;
   SE_EXT_HOST_DEVICE explicit Identity(Activation) {}
 };
 
 struct Any {
   static constexpr bool kIdentity = false;
   Activation a;
+  Any() = default;
   SE_EXT_HOST_DEVICE explicit Any(Activation chosen) : a(chosen) {}
 };
 

@@ -1,5 +1,5 @@
-// The excitation's two layers for a batch, forward and backward: small products, in which a block takes a few rows of
-// the weight and reads them once for several samples.
+// The excitation's two layers for a batch, forward and backward: small products, in which a block takes a part of the
+// weight and reads it once for several samples.
 #include "../launch.h"
 #include "dense.cuh"
 #include "launching.cuh"
@@ -34,42 +34,83 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kColumns = 32;  // of the weight, side by side in a block
-constexpr int kGroups = 16;   // of its rows
+// Tiles of both backward kernels: a thread has kSide × kSide sums in registers, so that what it loads for one of them
+// serves kSide; kAcross threads lie side by side along the columns of the weight.
+constexpr int kSide = 4;
+constexpr int kAcross = 8;
+constexpr int kColumns = kSide * kAcross;  // of a block
 
-// out[column] = Σ_row grad[row] weight[row, column], for `kSamples` samples: a thread takes every kGroups-th row.
-template <class W, class A>
-__global__ void __launch_bounds__(kColumns* kGroups)
+// kSide values, in one access where `whole`; else one by one, the last of `left` in place of those beyond it.
+template <bool whole, class T>
+SE_EXT_DEVICE Lanes<acc_t<T>, kSide> load_side(const T* from, std::int64_t left) {
+  if constexpr (whole) {
+    return load<kSide>(from);
+  } else {
+    return lanes<acc_t<T>, kSide>([&](int j) { return load<1>(from + (j < left ? j : left - 1))[0]; });
+  }
+}
+
+constexpr int kGroups = 16;  // of the rows of the weight: a thread takes every kGroups-th row
+static_assert(kSamples == kSide && kAcross * kGroups == kSamples * kColumns);  // a thread for each result of the block
+
+// out[sample, column] = Σ_row grad[sample, row] weight[row, column], for `kSamples` samples. The rows of a group are
+// summed in order, then the groups. Reads the weight once for kSamples samples.
+template <bool whole, class W, class A>
+__global__ void __launch_bounds__(kAcross* kGroups)
     backward_kernel(const W* weight, const A* grad, const A* hidden, A* activated, A* grad_input, std::int64_t rows,
                     std::int64_t columns, std::int64_t end, std::int64_t blocks_of_columns, Activation activation,
                     A divisor) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kColumns, group = thread / kColumns;
+  constexpr int kAhead = 4;  // rows of the weight
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kAcross, group = thread / kAcross;
   const std::int64_t block_of_samples = blockIdx.x / blocks_of_columns;
-  const std::int64_t column = (blockIdx.x - block_of_samples * blocks_of_columns) * kColumns + lane;
-  const std::int64_t first = block_of_samples * kSamples;
-  A sums[kSamples] = {};
-  if (column < columns) {
-    SE_EXT_UNROLL
-    for (int s = 0; s < kSamples; ++s) {
-      if (first + s >= end) continue;
-      const A* of_sample = grad + (first + s) * rows;
-      A sum = 0;
-      SE_EXT_UNROLL_4
-      for (std::int64_t row = group; row < rows; row += kGroups) {
-        sum = multiply_add(of_sample[row], load<1>(weight + row * columns + column)[0], sum);
+  const std::int64_t first_column = (blockIdx.x - block_of_samples * blocks_of_columns) * kColumns;
+  const std::int64_t first = block_of_samples * kSamples, mine = first_column + lane * kSide;
+  const std::int64_t samples = end - first < kSamples ? end - first : kSamples;
+  const A* of_sample[kSamples];
+  Lanes<A, kSide> sums[kSamples];
+  SE_EXT_UNROLL
+  for (int s = 0; s < kSamples; ++s) {
+    // Beyond the last sample the last one stands in; its sums are not written.
+    of_sample[s] = grad + (first + (s < samples ? s : samples - 1)) * rows;
+    sums[s] = lanes<A, kSide>([](int) { return A(0); });
+  }
+  if (mine < columns) {
+    for (std::int64_t start = group; start < rows; start += kAhead * kGroups) {
+      Lanes<A, kSide> w[kAhead], g[kAhead];
+      SE_EXT_UNROLL
+      for (int k = 0; k < kAhead; ++k) {
+        const std::int64_t row = start + k * kGroups;
+        if (row < rows) {
+          w[k] = load_side<whole>(weight + row * columns + mine, columns - mine);
+          g[k] = lanes<A, kSamples>([&](int s) { return of_sample[s][row]; });
+        }
       }
-      sums[s] = sum;
+      SE_EXT_UNROLL
+      for (int k = 0; k < kAhead; ++k) {
+        if (start + k * kGroups < rows) {
+          SE_EXT_UNROLL
+          for (int s = 0; s < kSamples; ++s) {
+            SE_EXT_UNROLL
+            for (int j = 0; j < kSide; ++j) sums[s][j] = multiply_add(g[k][s], w[k][j], sums[s][j]);
+          }
+        }
+      }
     }
   }
   A* shared = reinterpret_cast<A*>(dynamic_shared());  // [kSamples, kGroups, kColumns]
   SE_EXT_UNROLL
-  for (int s = 0; s < kSamples; ++s) shared[(s * kGroups + group) * kColumns + lane] = sums[s];
+  for (int s = 0; s < kSamples; ++s) {
+    SE_EXT_UNROLL
+    for (int j = 0; j < kSide; ++j) shared[(s * kGroups + group) * kColumns + lane * kSide + j] = sums[s][j];
+  }
   __syncthreads();
-  if (group >= kSamples || column >= columns || first + group >= end) return;
-  const A* partial = shared + group * kGroups * kColumns + lane;
+  const int sample = thread / kColumns;
+  const std::int64_t column = first_column + thread % kColumns;
+  if (column >= columns || sample >= samples) return;
+  const A* partial = shared + sample * kGroups * kColumns + thread % kColumns;
   A sum = partial[0];
   for (int k = 1; k < kGroups; ++k) sum += partial[k * kColumns];
-  const std::int64_t at = (first + group) * columns + column;
+  const std::int64_t at = (first + sample) * columns + column;
   if (hidden) {
     const A before = hidden[at], after = activate_one(activation, before);
     activated[at] = after;
@@ -78,23 +119,62 @@ __global__ void __launch_bounds__(kColumns* kGroups)
   grad_input[at] = sum / divisor;
 }
 
-// grad_weight[row, column] = Σ_n grad[n, row] input[n, column], samples in order; column `columns` is the bias.
-template <class W, class A>
-__global__ void __launch_bounds__(kThreads)
+constexpr int kDown = 8;              // threads one below the other, along the rows of the weight
+constexpr int kRows = kSide * kDown;  // of the weight, of a block
+
+// grad_weight[row, column] = Σ_n grad[n, row] input[n, column], grad_bias[row] = Σ_n grad[n, row]; samples in order.
+// Reads input once for kRows rows of the weight, and grad once for kColumns columns. The first block of columns has the
+// bias.
+template <bool whole, class W, class A>
+__global__ void __launch_bounds__(kAcross* kDown)
     gradients_kernel(const A* grad, const A* input, std::int64_t samples, std::int64_t rows, std::int64_t columns,
-                     W* grad_weight, W* grad_bias, std::int64_t items) {
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < items;
-       i += static_cast<std::int64_t>(gridDim.x) * kThreads) {
-    const bool is_bias = i >= rows * columns;
-    const std::int64_t row = is_bias ? i - rows * columns : i / columns;
-    const std::int64_t column = is_bias ? 0 : i - row * columns;
-    if (is_bias ? !grad_bias : !grad_weight) continue;
-    A sum = 0;
-    SE_EXT_UNROLL_4
-    for (std::int64_t n = 0; n < samples; ++n) {
-      sum = multiply_add(grad[n * rows + row], is_bias ? A(1) : input[n * columns + column], sum);
+                     W* grad_weight, W* grad_bias, std::int64_t blocks_of_columns) {
+  constexpr int kAhead = whole && sizeof(A) == 4 ? 8 : 4;  // samples: as many as find registers
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t block_of_rows = blockIdx.x / blocks_of_columns;
+  const std::int64_t block_of_columns = blockIdx.x - block_of_rows * blocks_of_columns;
+  const std::int64_t row = block_of_rows * kRows + thread / kAcross * kSide;
+  const std::int64_t column = block_of_columns * kColumns + thread % kAcross * kSide;
+  if (row >= rows) return;
+  const bool has_columns = grad_weight && column < columns, has_bias = grad_bias && column == 0;
+  const Lanes<A, kSide> zeros = lanes<A, kSide>([](int) { return A(0); });
+  Lanes<A, kSide> sums[kSide], bias = zeros;
+  SE_EXT_UNROLL
+  for (int r = 0; r < kSide; ++r) sums[r] = zeros;
+  for (std::int64_t start = 0; start < samples; start += kAhead) {
+    Lanes<A, kSide> g[kAhead], v[kAhead];
+    SE_EXT_UNROLL
+    for (int k = 0; k < kAhead; ++k) {
+      if (start + k < samples) {
+        g[k] = load_side<whole>(grad + (start + k) * rows + row, rows - row);
+        v[k] = has_columns ? load_side<whole>(input + (start + k) * columns + column, columns - column) : zeros;
+      }
     }
-    store(is_bias ? grad_bias + row : grad_weight + i, Lanes<A, 1>{{sum}});
+    SE_EXT_UNROLL
+    for (int k = 0; k < kAhead; ++k) {
+      if (start + k < samples) {
+        SE_EXT_UNROLL
+        for (int r = 0; r < kSide; ++r) {
+          bias[r] += g[k][r];
+          SE_EXT_UNROLL
+          for (int j = 0; j < kSide; ++j) sums[r][j] = multiply_add(g[k][r], v[k][j], sums[r][j]);
+        }
+      }
+    }
+  }
+  SE_EXT_UNROLL
+  for (int r = 0; r < kSide; ++r) {
+    if (row + r >= rows) return;
+    if (has_bias) store(grad_bias + row + r, Lanes<A, 1>{{bias[r]}});
+    if (!has_columns) continue;
+    W* const to = grad_weight + (row + r) * columns + column;
+    if constexpr (whole) {
+      store(to, sums[r]);
+    } else {
+      for (int j = 0; j < kSide; ++j) {
+        if (column + j < columns) store(to + j, Lanes<A, 1>{{sums[r][j]}});
+      }
+    }
   }
 }
 
@@ -126,24 +206,31 @@ cudaError_t layer_backward(const Layer& l, const LayerBackward& v, std::int64_t 
   if (l.columns == 0 || samples == 0) return cudaSuccess;
   const std::int64_t blocks = divide_up(l.columns, kColumns);
   return with_weight_type(l.type, [&]<class W, class A>() {
-    return launch(backward_kernel<W, A>, blocks * divide_up(samples, kSamples), kColumns * kGroups,
-                  kSamples * kGroups * kColumns * sizeof(A), stream, static_cast<const W*>(l.weight),
-                  static_cast<const A*>(v.grad) + first * l.rows,
-                  v.hidden ? static_cast<const A*>(v.hidden) + first * l.columns : nullptr,
-                  v.hidden ? static_cast<A*>(v.activated) + first * l.columns : nullptr,
-                  static_cast<A*>(v.grad_input) + first * l.columns, l.rows, l.columns, samples, blocks, l.activation,
-                  static_cast<A>(v.divisor));
+    const auto run = [&]<bool whole>() {
+      return launch(backward_kernel<whole, W, A>, blocks * divide_up(samples, kSamples), kAcross * kGroups,
+                    kSamples * kGroups * kColumns * sizeof(A), stream, static_cast<const W*>(l.weight),
+                    static_cast<const A*>(v.grad) + first * l.rows,
+                    v.hidden ? static_cast<const A*>(v.hidden) + first * l.columns : nullptr,
+                    v.hidden ? static_cast<A*>(v.activated) + first * l.columns : nullptr,
+                    static_cast<A*>(v.grad_input) + first * l.columns, l.rows, l.columns, samples, blocks, l.activation,
+                    static_cast<A>(v.divisor));
+    };
+    return l.columns % kSide == 0 ? run.template operator()<true>() : run.template operator()<false>();
   });
 }
 
 cudaError_t layer_gradients(const Layer& l, const void* grad, const void* input, std::int64_t samples,
                             void* grad_weight, void* grad_bias, cudaStream_t stream) {
-  const std::int64_t items = l.rows * l.columns + l.rows;
   if (!grad_weight && !grad_bias) return cudaSuccess;
+  const std::int64_t blocks = grad_weight && l.columns > 0 ? divide_up(l.columns, kColumns) : 1;  // one for the bias
   return with_weight_type(l.type, [&]<class W, class A>() {
-    return launch(gradients_kernel<W, A>, in_turns(divide_up(items, kThreads)), kThreads, 0, stream,
-                  static_cast<const A*>(grad), static_cast<const A*>(input), samples, l.rows, l.columns,
-                  static_cast<W*>(grad_weight), static_cast<W*>(grad_bias), items);
+    const auto run = [&]<bool whole>() {
+      return launch(gradients_kernel<whole, W, A>, blocks * divide_up(l.rows, kRows), kAcross * kDown, 0, stream,
+                    static_cast<const A*>(grad), static_cast<const A*>(input), samples, l.rows, l.columns,
+                    static_cast<W*>(grad_weight), static_cast<W*>(grad_bias), blocks);
+    };
+    const bool whole = l.rows % kSide == 0 && l.columns % kSide == 0;
+    return whole ? run.template operator()<true>() : run.template operator()<false>();
   });
 }
 

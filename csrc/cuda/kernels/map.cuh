@@ -25,25 +25,67 @@ SE_EXT_DEVICE std::int64_t sum_index(const Work& w, std::int64_t sample, std::in
   return ((sample * w.tiling.tiles + tile) * Visitor::kParts + part) * w.channels + channel;
 }
 
+// Of a kernel that sums rows, per multiprocessor: kRowBlocks at a time where accesses are narrow. A launch has three
+// times as many, so that the last round is full too where one, two or three find room at a time. Each takes many rows
+// in turn: what a thread works out at its start is then little beside the rows.
+constexpr int kRowBlocks = 4;
+
+// How the rows are shared out: a block sums a tile of `per_block` rows, or of a multiple of it, at a time, and goes on
+// `step` rows further.
+struct RowWork {
+  int per_block;
+  std::int64_t rows, step;
+  std::int64_t sample_step, channel_step;  // the same, as samples and channels
+};
+
 template <int n, class Visitor>
-__global__ void __launch_bounds__(kThreads, 1)
-    sum_rows(Visitor visitor, Work w, acc_t<typename Visitor::value_type>* out,
+__global__ void __launch_bounds__(kThreads, kIsNarrow<Visitor, n>&& Visitor::kMaps == 1 ? kRowBlocks : 1)
+    sum_rows(Visitor visitor, Work w, RowWork by, acc_t<typename Visitor::value_type>* out,
              acc_t<typename Visitor::value_type> divisor) {
-  const int per_block = kThreads / w.tiling.lanes;
-  const int thread = static_cast<int>(threadIdx.x);
-  for (std::int64_t start = static_cast<std::int64_t>(blockIdx.x) * per_block; start < w.items;
-       start += static_cast<std::int64_t>(gridDim.x) * per_block) {
-    const std::int64_t mine = start + thread / w.tiling.lanes;
-    const auto [row, tile] = w.by_tiles(mine < w.items ? mine : w.items - 1);
-    const auto [sample, channel] = w.by_next(row);
-    const std::int64_t in_batch = w.first_sample + sample;
-    const auto sums =
-        sum_row<n>(visitor, in_batch, channel, in_batch * w.channels + channel, tile, w.tiling, w.points / n);
-    if (mine < w.items && (thread & (w.tiling.lanes - 1)) == 0) {
-      SE_EXT_UNROLL
-      for (int k = 0; k < Visitor::kParts; ++k) {
-        out[sum_index<Visitor>(w, in_batch, tile, k, channel)] = sums.part[k][0] / divisor;
+  constexpr int kRows = kRowsAtOnce<Visitor, n>;
+  const int lane = static_cast<int>(threadIdx.x) & (w.tiling.lanes - 1);
+  const int mine = static_cast<int>(threadIdx.x) * by.per_block / kThreads;
+  const auto [group, tile] = w.by_tiles(blockIdx.x);
+  const std::int64_t begin = tile * w.tiling.extent, left = w.points / n - begin;
+  const int accesses = static_cast<int>(left < w.tiling.extent ? left : w.tiling.extent);
+  Lanes<Visitor, kRows> of_row;
+  Lanes<Divider::Result, kRows> place;  // sample and channel
+  std::int64_t start = group * by.per_block * kRows + mine;
+  SE_EXT_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const std::int64_t row = start + r * by.per_block;
+    place[r] = w.by_next(row);
+    of_row[r] = visitor;
+    of_row[r].begin_at((w.first_sample * w.channels + row) * w.points + (begin + lane) * n);
+  }
+  for (; start - mine < by.rows; start += by.step) {
+    Lanes<decltype(visitor.template prepare<n>(0, Same{0})), kRows> prepared;
+    SE_EXT_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t beyond = start + r * by.per_block - (by.rows - 1);
+      if (beyond > 0) {  // the last row stands in
+        of_row[r].begin_at(-beyond * w.points);
+        place[r] = w.by_next(by.rows - 1);
       }
+      prepared[r] = visitor.template prepare<n>(w.first_sample + place[r].quotient, Same{place[r].remainder});
+    }
+    Lanes<Accumulators<Visitor, 1>, kRows> sums;
+    sum_rows_at_once<n>(of_row, prepared, accesses, w.tiling.lanes, sums);
+    SE_EXT_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t row = start + r * by.per_block;
+      const auto [sample, channel] = place[r];
+      if (lane == 0 && row < by.rows) {
+        // Where a row has one tile and one sum, sum_index counts rows.
+        std::int64_t to = w.first_sample * w.channels + row;
+        if (Visitor::kParts > 1 || w.tiling.tiles > 1)
+          to = sum_index<Visitor>(w, w.first_sample + sample, tile, 0, channel);
+        SE_EXT_UNROLL
+        for (int k = 0; k < Visitor::kParts; ++k) out[to + k * w.channels] = sums[r].part[k][0] / divisor;
+      }
+      of_row[r].begin_at(by.step * w.points);
+      place[r] = {sample + by.sample_step, channel + by.channel_step};
+      if (place[r].remainder >= w.channels) place[r] = {place[r].quotient + 1, place[r].remainder - w.channels};
     }
   }
 }
@@ -93,8 +135,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- writes: from the last item to the first, because the sums' pass left the last ones in cache ----
 
+constexpr int kWriteBlocks = 2;  // per multiprocessor, at least: one alone would leave memory idle while it computes
+
 template <int n, class Visitor>
-__global__ void __launch_bounds__(kThreads, 1) write_rows(Visitor visitor, Work w) {
+__global__ void __launch_bounds__(kThreads, kWriteBlocks) write_rows(Visitor visitor, Work w) {
   const int per_block = kThreads / w.tiling.lanes;
   for (std::int64_t start = static_cast<std::int64_t>(blockIdx.x) * per_block; start < w.items;
        start += static_cast<std::int64_t>(gridDim.x) * per_block) {
@@ -109,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1) write_rows(Visitor visitor, Work 
 }
 
 template <int n, class Visitor>
-__global__ void __launch_bounds__(kThreads, 1) write_linear(Visitor visitor, Work w) {
+__global__ void __launch_bounds__(kThreads, kWriteBlocks) write_linear(Visitor visitor, Work w) {
   const std::int64_t accesses = w.channels * w.points / n;
   for (std::int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
     const auto [sample, chunk] = w.by_tiles(w.items - 1 - item);
@@ -122,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1) write_linear(Visitor visitor, Wor
 }
 
 template <int n, class Visitor>
-__global__ void __launch_bounds__(kThreads, 1) write_bands(Visitor visitor, Work w) {
+__global__ void __launch_bounds__(kThreads, kWriteBlocks) write_bands(Visitor visitor, Work w) {
   for (std::int64_t item = blockIdx.x; item < w.items; item += gridDim.x) {
     const auto place = w.by_tiles(w.items - 1 - item);
     const auto [sample, band] = w.by_next(place.quotient);
@@ -170,8 +214,13 @@ cudaError_t launch_sums(const Batch& batch, const Visitor& visitor, const Sums& 
   cudaError_t error;
   if (is_first) {
     error = with_access<T>(tiling.access, [&]<int n>() {
-      return launch(sum_rows<n, Visitor>, in_turns(divide_up(work.items, kThreads / tiling.lanes)), kThreads, 0,
-                    batch.stream, visitor, work, out, divisor);
+      const int per_block = kThreads / tiling.lanes, at_once = per_block * kRowsAtOnce<Visitor, n>;
+      const std::int64_t rows = batch.samples * channels;
+      const std::int64_t most = divide_up(3 * kRowBlocks * batch.multiprocessors, tiling.tiles);
+      const std::int64_t blocks = std::min(divide_up(rows, at_once), most), step = blocks * at_once;
+      const RowWork by{per_block, rows, step, step / channels, step % channels};
+      return launch(sum_rows<n, Visitor>, blocks * tiling.tiles, kThreads, 0, batch.stream, visitor, work, by, out,
+                    divisor);
     });
   } else {
     const auto bands = [&]<int n>() {

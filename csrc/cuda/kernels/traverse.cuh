@@ -5,8 +5,10 @@
 // A visitor of type V has
 //   V::value_type                          the map's type
 //   V::kParts                              sums per channel
+//   V::kMaps                               maps that are read
 //   V::kAhead                              accesses loaded ahead: some 64 to 128 bytes per thread keep memory busy
 //   prepare<n>(sample, channels)           what an access of n values needs of its channels: a struct of Lanes
+//   begin_at(i)                            makes index i of the maps index 0
 //   load<n>(i, x_at)                       the raw values at index i of the maps; x's at x_at, which is i but where x
 //                                          lies in shared memory
 //   add<n>(raw, prepared, sums)            sums[part] += …, lane by lane
@@ -85,6 +87,25 @@ SE_EXT_DEVICE void add_all(const Visitor& visitor, const Prepared& prepared, std
   }
 }
 
+// The sums of an access, then those of `lanes` neighbours of a warp, all of which return them.
+template <int n, class Visitor>
+SE_EXT_DEVICE Accumulators<Visitor, 1> across_lanes(Accumulators<Visitor, n>& wide, int lanes) {
+  Accumulators<Visitor, 1> sums;
+  SE_EXT_UNROLL
+  for (int k = 0; k < Visitor::kParts; ++k) {
+    auto& part = wide.part[k];
+    SE_EXT_UNROLL
+    for (int half = n / 2; half > 0; half /= 2) {
+      SE_EXT_UNROLL
+      for (int j = 0; j < half; ++j) part[j] += part[j + half];
+    }
+    auto sum = part[0];
+    for (int mask = lanes / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    sums.part[k][0] = sum;
+  }
+  return sums;
+}
+
 // A tile of a row, summed by `lanes` neighbours of a warp: all of them return the sums. `row` counts the rows where x
 // lies. Every thread of the warp must come here.
 template <int n, class Visitor>
@@ -98,20 +119,50 @@ SE_EXT_DEVICE Accumulators<Visitor, 1> sum_row(const Visitor& visitor, std::int6
   const std::int64_t base = row * accesses;
   Accumulators<Visitor, n> wide;
   add_all<n>(visitor, prepared, begin + lane, end, tiling.lanes, [=](std::int64_t i) { return (base + i) * n; }, wide);
-  Accumulators<Visitor, 1> sums;
-  SE_EXT_UNROLL
-  for (int k = 0; k < Visitor::kParts; ++k) {
-    auto& part = wide.part[k];
+  return across_lanes(wide, tiling.lanes);
+}
+
+// What an access of n values of a row is summed with by a kernel that reads global memory. Accesses below 16 bytes, of
+// rows that are not aligned to more, carry too few bytes each: more of them are loaded ahead, and where they are single
+// values of one map, two rows' at a time.
+template <class Visitor, int n>
+inline constexpr bool kIsNarrow = n * sizeof(typename Visitor::value_type) < 16;
+template <class Visitor, int n>
+inline constexpr int kRowAhead = kIsNarrow<Visitor, n> ? 8 : Visitor::kAhead;
+template <class Visitor, int n>
+inline constexpr int kRowsAtOnce = n == 1 && sizeof(typename Visitor::value_type) <= 4 && Visitor::kMaps == 1 ? 2 : 1;
+
+// As sum_row, of several rows by the same lanes: the loads of all of them are issued together. The maps of of_row[r]
+// begin at this lane's first access of the tile.
+template <int n, int rows, class Visitor, class Prepared>
+SE_EXT_DEVICE void sum_rows_at_once(Lanes<Visitor, rows> of_row, const Lanes<Prepared, rows>& prepared, int accesses,
+                                    int lanes, Lanes<Accumulators<Visitor, 1>, rows>& sums) {
+  using Raw = decltype(of_row[0].template load<n>(0, 0));
+  constexpr int kAhead = kRowAhead<Visitor, n>;
+  Accumulators<Visitor, n> wide[rows];
+  for (int i = static_cast<int>(threadIdx.x) & (lanes - 1); i < accesses; i += kAhead * lanes) {
+    Raw raw[rows][kAhead];
     SE_EXT_UNROLL
-    for (int half = n / 2; half > 0; half /= 2) {
-      SE_EXT_UNROLL
-      for (int j = 0; j < half; ++j) part[j] += part[j + half];
+    for (int k = 0; k < kAhead; ++k) {
+      const int at = k * lanes * n;
+      if (i + k * lanes < accesses) {
+        SE_EXT_UNROLL
+        for (int r = 0; r < rows; ++r) raw[r][k] = of_row[r].template load<n>(at, at);
+      }
     }
-    auto sum = part[0];
-    for (int mask = tiling.lanes / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-    sums.part[k][0] = sum;
+    // The maps move on with the loop: an access is then found with one addition of 32 bits.
+    SE_EXT_UNROLL
+    for (int r = 0; r < rows; ++r) of_row[r].begin_at(kAhead * lanes * n);
+    SE_EXT_UNROLL
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k * lanes < accesses) {
+        SE_EXT_UNROLL
+        for (int r = 0; r < rows; ++r) of_row[r].template add<n>(raw[r][k], prepared[r], wide[r].part);
+      }
+    }
   }
-  return sums;
+  SE_EXT_UNROLL
+  for (int r = 0; r < rows; ++r) sums[r] = across_lanes(wide[r], lanes);
 }
 
 // Of a block that has all of a band, and takes a tile at a time.

@@ -50,6 +50,12 @@ SE_EXT_DEVICE Lanes<A, n> lanes(const F& f) {
   return out;
 }
 
+// `part` of the lanes, from `first` on
+template <int part, class A, int n>
+SE_EXT_DEVICE Lanes<A, part> slice(const Lanes<A, n>& of, int first) {
+  return lanes<A, part>([&](int j) { return of[first + j]; });
+}
+
 SE_EXT_DEVICE float multiply_add(float a, float b, float c) {
   return fmaf(a, b, c);
 }
@@ -96,6 +102,13 @@ SE_EXT_DEVICE Raw<T, n> load_raw(const T* from) {
   return raw;
 }
 
+template <int part, class T, int n>
+SE_EXT_DEVICE Raw<T, part> slice(const Raw<T, n>& of, int first) {
+  Raw<T, part> out;
+  memcpy(&out, reinterpret_cast<const char*>(&of) + first * sizeof(T), sizeof out);
+  return out;
+}
+
 template <int n>
 SE_EXT_DEVICE Lanes<float, n> widen(const Raw<float, n>& raw) {
   Lanes<float, n> out;
@@ -133,7 +146,8 @@ SE_EXT_DEVICE std::uint32_t narrow2(float first, float second, float16*) {
   return float_to_half2(first, second);
 }
 
-// Stores n values in one access aligned to its size; past the caches where `streaming` and 16 bytes wide.
+// Stores n values in one access of up to 16 bytes, or two of 16, aligned to its size; past the caches where `streaming`
+// and 16 bytes wide.
 template <class T, class A, int n>
 SE_EXT_DEVICE void store(T* to, const Lanes<A, n>& values, bool streaming = false) {
   using R = Raw<T, n>;
@@ -149,15 +163,17 @@ SE_EXT_DEVICE void store(T* to, const Lanes<A, n>& values, bool streaming = fals
     for (int j = 0; j < n / 2; ++j) pairs[j] = narrow2(values[2 * j], values[2 * j + 1], static_cast<T*>(nullptr));
     memcpy(&raw, pairs, sizeof raw);
   }
-  static_assert(R::kBytes <= 16);
   auto* access = reinterpret_cast<typename R::Access*>(to);
-  if constexpr (R::kBytes == 16) {
-    if (streaming) {
-      store_streaming(access, raw.words[0]);
-      return;
+  SE_EXT_UNROLL
+  for (int i = 0; i < R::kBytes / R::kAccess; ++i) {
+    if constexpr (R::kAccess == 16) {
+      if (streaming) {
+        store_streaming(access + i, raw.words[i]);
+        continue;
+      }
     }
+    access[i] = raw.words[i];
   }
-  *access = raw.words[0];
 }
 
 // f(T{}) with the C++ type of a dtype

@@ -12,7 +12,7 @@ template <class T>
 struct SumInput {
   using value_type = T;
   using A = acc_t<T>;
-  static constexpr int kParts = 1, kAhead = 4;
+  static constexpr int kParts = 1, kMaps = 1, kAhead = 4;
   const T* x;
 
   template <int n, class Channels>
@@ -23,6 +23,7 @@ struct SumInput {
   SE_EXT_DEVICE Raw<T, n> load(std::int64_t, std::int64_t x_at) const {
     return load_raw<n>(x + x_at);
   }
+  SE_EXT_DEVICE void begin_at(std::int64_t i) { x += i; }
   template <int n>
   SE_EXT_DEVICE void add(const Raw<T, n>& raw, Nothing, Lanes<A, n>* sums) const {
     const Lanes<A, n> value = widen<n>(raw);
@@ -173,7 +174,7 @@ template <class T, class Post>
 struct Gradient {
   using value_type = T;
   using A = acc_t<T>;
-  static constexpr int kAhead = 2;
+  static constexpr int kMaps = 3, kAhead = 2;
   const T *grad, *x, *saved;  // saved: the output where post's slope follows from it, else the residual
   Post post;
   bool reads_output;
@@ -191,6 +192,11 @@ struct Gradient {
       if (saved) raw.saved = load_raw<n>(saved + i);
     }
     return raw;
+  }
+  SE_EXT_DEVICE void begin_at(std::int64_t i) {
+    grad += i;
+    x += i;
+    if (saved) saved += i;
   }
   // u is x, or what the prologue made of it
   template <int n>
@@ -377,19 +383,47 @@ struct WritePrologueBackward : PrologueGradient<T, Pre, Post> {
   }
   template <int n>
   SE_EXT_DEVICE void write(std::int64_t i, const Loaded<n>& raw, const Prepared<n>& of) const {
+    // In parts: what lies between the loads and the gradients of all eight values of a half type would need more
+    // registers than two thread blocks of a multiprocessor have.
+    constexpr int part = n < 2 ? n : 2;
+    Lanes<A, n> gv, gx;
+    SE_EXT_UNROLL
+    for (int first = 0; first < n; first += part) {
+      const auto g =
+          gradients_of<part>({slice<part>(raw.grad, first), slice<part>(raw.x, first), slice<part>(raw.saved, first)},
+                             {{slice<part>(of.prologue.a, first), slice<part>(of.prologue.b, first),
+                               slice<part>(of.prologue.scale, first)},
+                              slice<part>(of.grad_mean, first),
+                              slice<part>(of.slope, first),
+                              slice<part>(of.offset, first)});
+      SE_EXT_UNROLL
+      for (int j = 0; j < part; ++j) {
+        gv[first + j] = g.residual[j];
+        gx[first + j] = g.x[j];
+      }
+    }
+    if (grad_residual) store(grad_residual + i, gv, streaming);
+    if (grad_x) store(grad_x + i, gx, streaming);
+  }
+
+ private:
+  template <int n>
+  struct Gradients {
+    Lanes<A, n> residual, x;
+  };
+  template <int n>
+  SE_EXT_DEVICE Gradients<n> gradients_of(const Loaded<n>& raw, const Prepared<n>& of) const {
     const auto v = this->template values<n>(raw, of.prologue);
-    if (grad_residual) store(grad_residual + i, v.gv, streaming);
-    if (!grad_x) return;
     auto gp = lanes<A, n>([&](int j) { return multiply_add(v.gv[j], of.prologue.scale[j], of.grad_mean[j]); });
     multiply_by_slope<kIsHalf<T>>(this->pre, gp, v.p, v.u);
-    Lanes<A, n> gx;
+    Gradients<n> g{v.gv, {}};
     SE_EXT_UNROLL
     for (int j = 0; j < n; ++j) {
-      gx[j] = multiply_add(of.prologue.a[j], gp[j], of.offset[j]);
+      g.x[j] = multiply_add(of.prologue.a[j], gp[j], of.offset[j]);
       // Apart: without statistics of the batch, an infinite x times a slope of zero must not count.
-      if (slope) gx[j] = multiply_add(of.slope[j], v.x[j], gx[j]);
+      if (slope) g.x[j] = multiply_add(of.slope[j], v.x[j], g.x[j]);
     }
-    store(grad_x + i, gx, streaming);
+    return g;
   }
 };
 
