@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, DTYPES, GATES, assert_same_bits, make_weights, thread_counts
+from helpers import ACTIVATIONS, DTYPES, GATES, assert_same_bits, bits, make_weights, memory_format, thread_counts
 from ops import BY_NAME, PAIRS, PARTS, ROWS, OpCase, Options, cases, layouts
 from torch import Tensor
 
@@ -189,3 +189,33 @@ def test_gradients_written_past_the_caches(shape, channels_last):
 
     whole = [t[5:6] for t in gradients(slice(None))]
     assert_same_bits(whole, gradients(slice(5, 6)))
+
+
+@layouts
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_equal_values_give_equal_bits_wherever_they_lie(
+    dtype: torch.dtype, residual: bool, channels_last: bool
+) -> None:
+    """In a register of a loop's body or of its tail, of a channel or across two."""
+
+    def all_equal(shape: tuple[int, ...], value: float) -> Tensor:
+        t = torch.empty(shape, dtype=dtype, memory_format=memory_format(len(shape), channels_last and len(shape) > 2))
+        return t.fill_(value)
+
+    for shape in ((2, 131, 5, 29), (2, 67, 7, 7)):
+        # Sums whose terms cancel, so that it is seen whether a product was rounded before it was added.
+        value, slope = (1 + torch.rand(2)).tolist()
+        x, g, s = all_equal(shape, value), all_equal(shape, slope), all_equal(shape[:2], -1.001)
+        a, b = all_equal(shape[1:2], slope), all_equal(shape[1:2], -slope * value)
+        r = all_equal(shape, value) if residual else None
+        for post in ("identity", "relu", "silu"):
+            maps = [se_ext.rescale(x, s, r, post)]
+            leaves = [t.clone().requires_grad_() for t in (x, r) if t is not None]
+            rest = leaves[1] if residual else None
+            y = torch.ops.se_ext._bn_activation(leaves[0], a, b, False, 1e-5, post, rest, None)[0]
+            maps += [y.detach(), *torch.autograd.grad(y, leaves, g)]
+            y = se_ext.rescale(leaves[0], s, rest, post)
+            maps += torch.autograd.grad(y, leaves, g)
+            for i, t in enumerate(maps):
+                assert bits(t).unique().numel() == 1, f"map {i} of {shape}, {post}"

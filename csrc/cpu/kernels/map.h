@@ -31,9 +31,8 @@ void rescale(const Slab& slab, Tile tile, const Rescale& r) {
       const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
         const PerChannel<layout, A> scale(scales, channels);
         return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-          Vec<A> v = scale.at(c, lanes) * load(x + i, lanes);
-          if (residual) v += load(residual + i, lanes);
-          return activate<post.value>(v);
+          const Vec<A> s = scale.at(c, lanes), here = load(x + i, lanes);
+          return activate<post.value>(residual ? multiply_add(s, here, load(residual + i, lanes)) : s * here);
         };
       };
       write_tile<layout, is_cheap(post.value)>(slab, tile, y, r.streaming, factory);
@@ -58,9 +57,8 @@ struct GradientOfSum {
       const V y = saved ? load(saved + i, lanes) : activate<post>(scale * load(x + i, lanes));
       return gradient<post>(g, y);
     } else {
-      V v = scale * load(x + i, lanes);
-      if (saved) v += load(saved + i, lanes);
-      return gradient<post>(g, v);
+      const V here = load(x + i, lanes);
+      return gradient<post>(g, saved ? multiply_add(scale, here, load(saved + i, lanes)) : scale * here);
     }
   }
 };
@@ -111,7 +109,7 @@ void rescale_backward_apply(const Slab& slab, Tile tile, const RescaleBackward& 
         return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
           const Vec<A> s = scale.at(c, lanes);
           const Vec<A> g = gv.at(i, s, lanes);
-          return Both{g * s + mean.at(c, lanes), g};
+          return Both{multiply_add(g, s, mean.at(c, lanes)), g};
         };
       };
       visit_tile<layout, A, kCheap>(slab, tile, factory, [=](std::int64_t i, Both v, auto lanes) SE_EXT_ALWAYS_INLINE {
@@ -124,7 +122,7 @@ void rescale_backward_apply(const Slab& slab, Tile tile, const RescaleBackward& 
         const PerChannel<layout, A> mean(means, channels);
         return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
           const Vec<A> s = scale.at(c, lanes);
-          return gv.at(i, s, lanes) * s + mean.at(c, lanes);
+          return multiply_add(gv.at(i, s, lanes), s, mean.at(c, lanes));
         };
       };
       write_tile<layout, kCheap>(slab, tile, grad_x, b.streaming, factory);

@@ -150,12 +150,24 @@ void prologue_squeeze(const Slab& slab, Tile tile, const PrologueMap& m, void* u
     sum_tile<layout, kCheap>(slab, tile, static_cast<A*>(sums), [=](Channels channels) SE_EXT_ALWAYS_INLINE {
       const PerChannel<layout, A> a(as, channels), b(bs, channels);
       return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-        const Vec<A> u = pre.value(a.at(c, lanes) * load(x + i, lanes) + b.at(c, lanes));
+        const Vec<A> u = pre.value(multiply_add(a.at(c, lanes), load(x + i, lanes), b.at(c, lanes)));
         if (to) store(to + i, u, lanes);
         return u;
       };
     });
   });
+}
+
+// scale ⊙ u + residual at one register. Where pre is the identity, u holds the scale.
+template <class Pre, class V, class Scale, class HasResidual, class T, class L>
+SE_EXT_INLINE V rescaled_sum(V u, const Scale& scale, std::int64_t c, HasResidual has_residual, const T* residual,
+                             std::int64_t i, L lanes) {
+  if constexpr (Pre::kIdentity) {
+    return has_residual ? u + load(residual + i, lanes) : u;
+  } else {
+    const V s = scale.at(c, lanes);
+    return has_residual ? multiply_add(s, u, load(residual + i, lanes)) : s * u;
+  }
 }
 
 // y = post(scale ⊙ u + residual)
@@ -172,10 +184,8 @@ void prologue_rescale(const Slab& slab, Tile tile, const PrologueRescale& r) {
     const auto factory = [=](Channels channels) SE_EXT_ALWAYS_INLINE {
       const PerChannel<layout, A> a(as, channels), b(bs, channels), scale(Pre::kIdentity ? nullptr : scales, channels);
       return [=](std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
-        Vec<A> v = pre.value(a.at(c, lanes) * load(x + i, lanes) + b.at(c, lanes));
-        if constexpr (!Pre::kIdentity) v *= scale.at(c, lanes);
-        if (residual) v += load(residual + i, lanes);
-        return post.value(v);
+        const Vec<A> u = pre.value(multiply_add(a.at(c, lanes), load(x + i, lanes), b.at(c, lanes)));
+        return post.value(rescaled_sum<Pre>(u, scale, c, residual != nullptr, residual, i, lanes));
       };
     };
     write_tile<layout, Pre::kCheap&& decltype(post)::kCheap>(slab, tile, y, r.streaming, factory);
@@ -225,7 +235,7 @@ struct PrologueGradient {
   inline SE_EXT_ALWAYS_INLINE Values at(std::int64_t i, std::int64_t c, L lanes) const {
     Values r{};
     r.x = load(x + i, lanes);
-    r.p = a.at(c, lanes) * r.x + b.at(c, lanes);
+    r.p = multiply_add(a.at(c, lanes), r.x, b.at(c, lanes));
     if constexpr (Pre::kSmooth) {
       pre.value_and_slope(r.p, r.u, r.slope);
     } else {
@@ -237,9 +247,7 @@ struct PrologueGradient {
     } else if (has_saved && post.slope_from_output()) {
       r.gv = post.gradient(g, load(saved + i, lanes));
     } else {
-      Vec<A> v = r.u;
-      if constexpr (!Pre::kIdentity) v *= scale.at(c, lanes);
-      if (has_saved) v += load(saved + i, lanes);
+      const Vec<A> v = rescaled_sum<Pre>(r.u, scale, c, has_saved, saved, i, lanes);
       r.gv = post.gradient(g, post.slope_from_output() ? post.value(v) : v);
     }
     return r;
@@ -262,7 +270,7 @@ struct PrologueGradient {
     if constexpr (Pre::kIdentity) {
       return r.gv;
     } else {
-      return gradient_of_pre(r.gv * scale.at(c, lanes) + mean.at(c, lanes), r);
+      return gradient_of_pre(multiply_add(r.gv, scale.at(c, lanes), mean.at(c, lanes)), r);
     }
   }
 };
@@ -363,10 +371,11 @@ SE_EXT_INLINE void prologue_backward_finish(const Slab& slab, Tile tile, const P
             offset = PerChannel<layout, A>(vector(r.offset), channels)](std::int64_t i, std::int64_t c, auto lanes)
                SE_EXT_ALWAYS_INLINE {
                  Vec<A> gp = load(gradients + i, lanes);
-                 if constexpr (kSlopes) gp = (gp * scale.at(c, lanes) + mean.at(c, lanes)) * load(grad_x + i, lanes);
-                 Vec<A> gx = factor.at(c, lanes) * gp + offset.at(c, lanes);
-                 if (has_slope) gx += slope.at(c, lanes) * load(x + i, lanes);
-                 return gx;
+                 if constexpr (kSlopes) {
+                   gp = multiply_add(gp, scale.at(c, lanes), mean.at(c, lanes)) * load(grad_x + i, lanes);
+                 }
+                 const Vec<A> gx = multiply_add(factor.at(c, lanes), gp, offset.at(c, lanes));
+                 return has_slope ? multiply_add(slope.at(c, lanes), load(x + i, lanes), gx) : gx;
                };
   };
   // What was just read is in cache: there is nothing to gain from writing past it.
@@ -402,8 +411,8 @@ void prologue_backward_apply(const Slab& slab, Tile tile, const PrologueBackward
                 offset = PerChannel<layout, A>(static_cast<const A*>(r.offset), channels)](
                    std::int64_t i, std::int64_t c, auto lanes) SE_EXT_ALWAYS_INLINE {
           const auto found = gradient.at(i, c, lanes);
-          Vec<A> gx = factor.at(c, lanes) * gradient.at_p(found, mean, c, lanes) + offset.at(c, lanes);
-          if (has_slope) gx += slope.at(c, lanes) * found.x;
+          Vec<A> gx = multiply_add(factor.at(c, lanes), gradient.at_p(found, mean, c, lanes), offset.at(c, lanes));
+          if (has_slope) gx = multiply_add(slope.at(c, lanes), found.x, gx);
           return Both{gx, found.gv};
         };
       };

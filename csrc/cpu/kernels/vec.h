@@ -80,6 +80,29 @@ SE_EXT_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};
 }
 
+// a ⊙ b + c, rounded once where the instruction set can. For sums whose last term is optional: the compiler fuses a
+// product with a sum in the same basic block alone, which behind a branch is one register of four and not the next.
+#if defined(__AVX512F__)
+SE_EXT_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+SE_EXT_INLINE vdouble multiply_add(vdouble a, vdouble b, vdouble c) {
+  return (vdouble)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__AVX2__)
+SE_EXT_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+SE_EXT_INLINE vdouble multiply_add(vdouble a, vdouble b, vdouble c) {
+  return (vdouble)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#else
+template <class V>
+SE_EXT_INLINE V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+
 template <class To, class From>
 SE_EXT_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
