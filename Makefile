@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 DEPS := $(VENV)/.dependencies
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
 BUILD := $(VENV)/.built
 CPP := $(shell find csrc tests/cuda_host tests/cpp examples/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py setup_compile.py setup_cuda.py pyproject.toml csrc/instruction_sets.txt $(wildcard cmake/*.in) $(filter csrc/%,$(CPP))
 
-.PHONY: help demo insertion test test-isa emulated cpp cuda-check cuda-host gpu-check bench readme lint format clean
+.PHONY: help demo insertion test test-isa emulated cpp versions pins cuda-check cuda-host gpu-check bench readme lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,6 +36,12 @@ emulated: $(BUILD)  ## every op on emulated older CPUs, against illegal instruct
 
 cpp: $(BUILD)  ## C++ programs: the library built by CMake, its C++ tests, and the example; needs cmake and libjpeg
 	SE_EXT_SLOW=1 SE_EXT_REQUIRE_CMAKE=1 $(BIN)/python -m pytest tests/building/test_cmake.py $(ARGS)
+
+versions:  ## build with another torch, install elsewhere, run tests: TORCH=2.10.0 PYTHON=python3.12
+	$(PYTHON) tests/building/versions.py $(TORCH) $(ARGS)
+
+pins: $(DEPS)  ## write requirements-dev*.txt, with the hash of every file, from requirements-dev.in
+	$(BIN)/python tests/building/pins.py
 
 cuda-check: $(BUILD)  ## the CUDA build without a GPU: compiled, linked, and what nvcc made of the kernels; needs nvcc
 	$(BIN)/python tests/cuda_check.py $(ARGS)
@@ -68,9 +75,11 @@ format: $(DEPS)  ## rewrite the sources in the project's format
 clean:  ## remove what make made, the virtual environment included
 	rm -rf $(VENV) build demo_out *.egg-info se_ext/*.so se_ext/_build.py se_ext/cmake
 
-$(DEPS): requirements-dev.txt
+# Torch for CPUs where pip finds it, else the registry's and NVIDIA's libraries (tests/building/pins.py).
+$(DEPS): $(wildcard requirements-dev*.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev-cpu.txt || $(INSTALL) -r requirements-dev-cuda.txt
 	@touch $@
 
 # In place and incremental; `pip install --editable` would compile everything anew at every change.

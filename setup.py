@@ -5,9 +5,12 @@ one at run time. How compilers are run is in setup_compile.py, what CUDA needs b
 in pyproject.toml.
 """
 
+import gzip
 import logging
+import os
 import platform
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +35,7 @@ import pybind11
 import torch
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
+from setuptools.command.sdist import sdist
 from setuptools.modified import newer_group
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
@@ -44,6 +48,11 @@ CSRC = Path("csrc")
 # Those of the map and the excitation, and those of the depthwise convolution.
 KERNEL_FOLDERS = ("cpu/kernels", "cpu/kernels/depthwise")
 IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
+
+# The same sources give the same bytes: in archives every file has this time, 1980, and objects hold no path of the
+# machine that built them, which torch's checks take from __FILE__.
+os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800")
+NO_PATHS = [f"-ffile-prefix-map={folder}/=" for folder in (Path(torch.__file__).parent, Path.cwd())]
 
 OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 # GCC warns of its own AVX-512 headers (-Wmaybe-uninitialized), and notes that vector arguments changed their ABI
@@ -88,6 +97,28 @@ def write_cmake_package(folder: Path, version: str) -> None:
         text = template.read_text().replace("@SE_EXT_VERSION@", version)
         text = text.replace("@SE_EXT_TORCH_VERSION@", torch.__version__.split("+")[0])
         (folder / template.stem).write_text(text)
+
+
+class SourceDistribution(sdist):
+    """With nothing in the archive of when and by whom it was made."""
+
+    def make_archive(self, base_name: str, format: str, root_dir=None, base_dir=None, **options) -> str:
+        if format not in ("gztar", "tar"):
+            return super().make_archive(base_name, format, root_dir, base_dir, **options)
+        made = int(os.environ["SOURCE_DATE_EPOCH"])
+
+        def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.mtime, member.uid, member.gid, member.uname, member.gname = made, 0, 0, "", ""
+            member.mode = 0o755 if member.mode & 0o100 else 0o644  # whatever the umask was
+            return member
+
+        path = Path(f"{base_name}.tar.gz" if format == "gztar" else f"{base_name}.tar")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            out = gzip.GzipFile("", "wb", fileobj=file, mtime=made) if format == "gztar" else file
+            with out, tarfile.open(fileobj=out, mode="w") as archive:
+                archive.add(base_dir, filter=anonymous)
+        return str(path)
 
 
 class BuildKernels(build_clib):
@@ -179,7 +210,7 @@ def extensions() -> list[Extension]:
         depends=headers(),
         # C++20 is named because torch 2.11 would pick 17. OpenMP is compiled for but not linked: its symbols come from
         # the runtime that torch itself loads, so that the process has one.
-        extra_compile_args=["-std=c++20", *OPTIMISE, "-fopenmp"],
+        extra_compile_args=["-std=c++20", *OPTIMISE, *NO_PATHS, "-fopenmp"],
         extra_link_args=["-Wl,--exclude-libs,ALL"],
         py_limited_api=True,
     )
@@ -189,7 +220,7 @@ def extensions() -> list[Extension]:
         include_dirs=[pybind11.get_include()],
         libraries=["se_ext"],
         depends=headers(),
-        extra_compile_args=OPTIMISE,
+        extra_compile_args=[*OPTIMISE, *NO_PATHS],
         extra_link_args=["-Wl,-rpath,$ORIGIN"],
         language="c++",
     )
@@ -199,5 +230,5 @@ def extensions() -> list[Extension]:
 setup(
     libraries=[library for name, flags in instruction_sets().items() for library in kernel_libraries(name, flags)],
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build, "build_clib": BuildKernels},
+    cmdclass={"build_ext": Build, "build_clib": BuildKernels, "sdist": SourceDistribution},
 )
