@@ -88,7 +88,8 @@ class Ninja:
 
 
 def build(sanitizer: str, sets: list[str], own: list[str], target: str, link: list[str]) -> Path:
-    """The library's sources, with kernels of these instruction sets, and the sources `own` of this folder."""
+    """The library's sources, with kernels of these instruction sets, and the sources `own` of this folder: beside the library's, or
+    in the place of that of the same name."""
     ninja = Ninja(sanitizer)
     undefined, undefined_in_kernels = (UNDEFINED, UNDEFINED_IN_KERNELS) if sanitizer == "address" else ([], [])
     sanitize = SANITIZERS[sanitizer]
@@ -112,7 +113,7 @@ def build(sanitizer: str, sets: list[str], own: list[str], target: str, link: li
         for source in sorted((CSRC / name).glob("*.cpp")):
             if source.name == "isa.cpp":  # which knows the instruction sets
                 objects.append(ninja.object(source, [*flags, *without], name="-".join(sets) + "_"))
-            elif source.name != "bindings.cpp":
+            elif source.name != "bindings.cpp" and source.name not in own:
                 objects.append(ninja.object(source, flags, header))
     objects += [ninja.object(HERE / source, [f for f in flags if f != "-fopenmp"]) for source in own]
     made = ninja.place / "-".join(sets) / target
@@ -130,7 +131,7 @@ def package(sets: list[str]) -> Path:
 
     Its Python files are those of the package; what Python knows of the build is the ordinary build's.
     """
-    library = build("address", sets, ["broken.cpp"], "se_ext/libse_ext.so", ["-shared"])
+    library = build("address", sets, ["broken.cpp", "scratch.cpp"], "se_ext/libse_ext.so", ["-shared"])
     for file in (ROOT / "se_ext").iterdir():
         copy = library.with_name(file.name)
         if file.suffix == ".py" or file.name == "conversion":

@@ -1,18 +1,19 @@
 """The library under sanitizers: sanitize.py [--short] [--only address|thread] [--isa NAME…] [what pytest takes]
 
 First AddressSanitizer and UndefinedBehaviorSanitizer under the tests of the ops, for each instruction set; then
-ThreadSanitizer under a program that calls every op. Before each, mistakes on purpose must be found. --short: the first
-alone, for the baseline, on the tests of the kernels' values.
+ThreadSanitizer under a program that calls every op, for the baseline. Before each, mistakes on purpose must be found.
+--short: the first alone, for the baseline, on the tests of values and shapes. In AVX2 and AVX-512 the ends of rows are
+masked instructions, of which no sanitizer sees anything: there the baseline, and test_guard_pages.py, look.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import instrument
@@ -48,6 +49,7 @@ ADDRESS = {
 }
 MISTAKES = {
     "heap-buffer-overflow": "library.se_ext_write_past(ctypes.c_void_p(values.data_ptr()), 1024)",
+    "use-after-poison": "library.se_ext_write_past_scratch(ctypes.c_int64(1024))",
     "signed integer overflow": "library.se_ext_overflow(ctypes.c_int64(2**63 - 1))",
 }
 
@@ -86,11 +88,11 @@ class Reports:
         return text
 
 
-def run(command: list[object], reports: Reports, package: Path, isa: str, **more: object) -> int:
+def run(command: list[object], reports: Reports, package: Path, isa: str) -> int:
     """In the folder of the package, which Python's child processes then import too."""
     child = {**os.environ, **reports.environment(), "SE_EXT_CPU_ISA": isa, "SE_EXT_REQUIRE_ISA": isa}
     child["OMP_WAIT_POLICY"] = "passive"
-    done = subprocess.run([sys.executable, *map(str, command)], env=child, cwd=package, check=False, **more)
+    done = subprocess.run([sys.executable, *map(str, command)], env=child, cwd=package, check=False)
     return done.returncode
 
 
@@ -124,20 +126,28 @@ def address(sets: list[str], tests: list[str], narrowed: list[str]) -> bool:
 
 def thread(sets: list[str]) -> bool:
     program = instrument.threads(sets)
-    child = {**os.environ, "TSAN_OPTIONS": options(suppressions=HERE / "threads.supp")}
-    # GCC's ThreadSanitizer finds its place in memory only where addresses are not drawn at random.
-    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     for isa in sets:
-        child["SE_EXT_CPU_ISA"] = isa
-        command = [*fixed, program, "--without-barriers"]
+        child = {**os.environ, "SE_EXT_CPU_ISA": isa}
+        command = [*addresses_not_drawn(), program, "--without-barriers"]
         broken = subprocess.run(command, env=child, capture_output=True, text=True, check=False)
         if "ThreadSanitizer: data race" not in broken.stderr:
             print(f"FAILED {isa}: no race was found where barriers are left out:\n{broken.stdout}{broken.stderr}")
             return False
-        print(f"{isa}:", flush=True)
-        if subprocess.run([*fixed, program], env=child, check=False).returncode != 0:
+        print(f"ThreadSanitizer, {isa}: ", end="", flush=True)
+        if subprocess.run([*addresses_not_drawn(), program], env=child, check=False).returncode != 0:
+            print(f"FAILED {isa}: reports of ThreadSanitizer, or other bits on several threads")
             return False
     return True
+
+
+@cache
+def addresses_not_drawn() -> tuple[str, ...]:
+    """What starts a program at fixed addresses, where that is allowed: ThreadSanitizer refuses some random ones."""
+    command = ("setarch", "-R")
+    try:
+        return command if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0 else ()
+    except OSError:
+        return ()
 
 
 def main() -> int:
@@ -145,14 +155,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--only", choices=["address", "thread"])
-    parser.add_argument("--isa", nargs="+", choices=known, help="all by default")
+    parser.add_argument("--isa", nargs="+", choices=known)
     chosen, narrowed = parser.parse_known_args()
     sets = chosen.isa or (["baseline"] if chosen.short else known)
     tests = [str(ROOT / "tests" / name) for name in (SHORT if chosen.short else TESTS)]
     tests += [f"--ignore={ROOT / 'tests' / name}" for name in NOT_THESE]
     right = chosen.only == "thread" or address(sets, tests, narrowed)
     if chosen.only != "address" and not chosen.short:
-        right &= thread(sets)
+        # The threads' shares and barriers are the same in every set; what masked instructions touch it does not see.
+        right &= thread(chosen.isa or ["baseline"])
     return 0 if right else 1
 
 
