@@ -33,8 +33,8 @@ UNDEFINED_IN_KERNELS = [
     "shift,signed-integer-overflow,unreachable"
 ]
 SANITIZERS = {"address": ["-fsanitize=address"], "thread": ["-fsanitize=thread"]}
-# Kernels stay functions of their own where the sanitizer has made them long: inlined into each other as always they
-# take the compiler minutes and gigabytes.
+# What the kernels mark always_inline stays a function of its own: the sanitizer makes it long, and inlined everywhere it
+# takes the compiler many minutes and gigabytes.
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-attributes", "-Dalways_inline=unused"]
 
 RULES = f"""
@@ -88,8 +88,10 @@ class Ninja:
 
 
 def build(sanitizer: str, sets: list[str], own: list[str], target: str, link: list[str]) -> Path:
-    """The library's sources, with kernels of these instruction sets, and the sources `own` of this folder: beside the library's, or
-    in the place of that of the same name."""
+    """Compiles the library, with kernels of these instruction sets, and the sources `own` of this folder.
+
+    One that has the name of a source of the library takes its place.
+    """
     ninja = Ninja(sanitizer)
     undefined, undefined_in_kernels = (UNDEFINED, UNDEFINED_IN_KERNELS) if sanitizer == "address" else ([], [])
     sanitize = SANITIZERS[sanitizer]
@@ -115,7 +117,7 @@ def build(sanitizer: str, sets: list[str], own: list[str], target: str, link: li
                 objects.append(ninja.object(source, [*flags, *without], name="-".join(sets) + "_"))
             elif source.name != "bindings.cpp" and source.name not in own:
                 objects.append(ninja.object(source, flags, header))
-    objects += [ninja.object(HERE / source, [f for f in flags if f != "-fopenmp"]) for source in own]
+    objects += [ninja.object(HERE / source, flags, header) for source in own]
     made = ninja.place / "-".join(sets) / target
     torch_libraries = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
     libraries = [*torch_libraries, "-ltorch", "-ltorch_cpu", "-lc10", *link]
