@@ -33,8 +33,8 @@ UNDEFINED_IN_KERNELS = [
     "shift,signed-integer-overflow,unreachable"
 ]
 SANITIZERS = {"address": ["-fsanitize=address"], "thread": ["-fsanitize=thread"]}
-# What the kernels mark always_inline stays a function of its own: the sanitizer makes it long, and inlined everywhere it
-# takes the compiler many minutes and gigabytes.
+# What the kernels mark always_inline stays a function of its own: the sanitizer makes it long, and inlined everywhere
+# it takes the compiler many minutes and gigabytes.
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-attributes", "-Dalways_inline=unused"]
 
 RULES = f"""
