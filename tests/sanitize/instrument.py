@@ -32,6 +32,9 @@ UNDEFINED_IN_KERNELS = [
     "-fsanitize=alignment,bool,bounds,enum,float-cast-overflow,integer-divide-by-zero,nonnull-attribute,return,"
     "shift,signed-integer-overflow,unreachable"
 ]
+# The runtime of UndefinedBehaviorSanitizer hidden in the library: as a library of its own it would hand the name of the
+# file for its reports to AddressSanitizer's, and print them where pytest takes them for a test's output.
+UNDEFINED_INSIDE = ["-shared", "-static-libubsan", "-Wl,--exclude-libs,ALL"]
 SANITIZERS = {"address": ["-fsanitize=address"], "thread": ["-fsanitize=thread"]}
 # What the kernels mark always_inline stays a function of its own: the sanitizer makes it long, and inlined everywhere
 # it takes the compiler many minutes and gigabytes.
@@ -133,7 +136,7 @@ def package(sets: list[str]) -> Path:
 
     Its Python files are those of the package; what Python knows of the build is the ordinary build's.
     """
-    library = build("address", sets, ["broken.cpp", "scratch.cpp"], "se_ext/libse_ext.so", ["-shared"])
+    library = build("address", sets, ["broken.cpp", "scratch.cpp"], "se_ext/libse_ext.so", UNDEFINED_INSIDE)
     for file in (ROOT / "se_ext").iterdir():
         copy = library.with_name(file.name)
         if file.suffix == ".py" or file.name == "conversion":
