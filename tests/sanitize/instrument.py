@@ -22,12 +22,12 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX", "g++")
 
-# -O1 and lines without variables: half of the compile time. UndefinedBehaviorSanitizer's vptr wants the type
+# -O1 and debug lines without variables: the compiler has less to do. UndefinedBehaviorSanitizer's vptr wants the type
 # information of torch's classes, which torch hides.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-omit-frame-pointer"]
 UNDEFINED = ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize=vptr"]
 # Of the kernels, without the checks that every access to an object gets (null, object-size, pointer-overflow), which
-# make their compilation several times as long: AddressSanitizer sees the access itself.
+# make their compilation much longer: AddressSanitizer sees the access itself.
 UNDEFINED_IN_KERNELS = [
     "-fsanitize=alignment,bool,bounds,enum,float-cast-overflow,integer-divide-by-zero,nonnull-attribute,return,"
     "shift,signed-integer-overflow,unreachable"
