@@ -9,10 +9,10 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist wo
 DEPS := $(VENV)/.dependencies
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
 BUILD := $(VENV)/.built
-CPP := $(shell find csrc tests/cuda_host tests/cpp examples/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cuda_host tests/sanitize tests/cpp examples/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py setup_compile.py setup_cuda.py pyproject.toml csrc/instruction_sets.txt $(wildcard cmake/*.in) $(filter csrc/%,$(CPP))
 
-.PHONY: help demo insertion test test-isa emulated cpp versions pins cuda-check cuda-host gpu-check bench readme lint format clean
+.PHONY: help demo insertion test test-isa emulated cpp versions pins cuda-check cuda-host sanitize gpu-check bench readme lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -49,6 +49,9 @@ cuda-check: $(BUILD)  ## the CUDA build without a GPU: compiled, linked, and wha
 cuda-host: $(BUILD)  ## the CUDA kernels compiled for the CPU, and their tests
 	$(BIN)/python tests/cuda_host/build.py --self-test
 	$(BIN)/python tests/cuda_host/emulate.py --sanitize $(SANITIZE) $(or $(ARGS),tests/cuda/test_cuda_host.py)
+
+sanitize: $(BUILD)  ## the ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	$(BIN)/python tests/sanitize/sanitize.py -n $(WORKERS) --dist worksteal $(ARGS)
 
 gpu-check:  ## build for this machine's GPU, its tests, benchmark and sanitizers, without .venv: OUT=dir PYTHON=python3
 	benchmarks/gpu_check.sh "$(OUT)" "$(PYTHON)"
