@@ -74,12 +74,16 @@ void update(const Running& r, const Tensor& mean, const Tensor& var, const c10::
 
 bool is_plain(const Running& r, const Tensor& mean, const Tensor& var) {
   const auto type = mean.scalar_type();
+  const auto is_plain_statistic = [&](const OptionalTensor& t) {
+    return is_plain_to_write(t, type) || is_plain_to_write(t, at::kHalf) || is_plain_to_write(t, at::kBFloat16);
+  };
   return is_nothing_active() && is_plain_to_write(mean, type) && is_plain_to_write(var, type) &&
-         is_plain_to_write(r.mean, type) && is_plain_to_write(r.var, type) && is_plain_to_write(r.batches, at::kLong) &&
+         is_plain_statistic(r.mean) && is_plain_statistic(r.var) && is_plain_to_write(r.batches, at::kLong) &&
          (!r.batches.has_value() || r.batches->numel() == 1);
 }
 
-// The same on plain tensors in plain loops: five operators take longer than a few hundred values do.
+// The same on plain tensors in plain loops: five operators take longer than a few hundred values do. And the loops
+// allocate nothing: no failure can leave one statistic updated and another not.
 template <class A>
 void update_in_loops(const Running& r, const Tensor& mean, const Tensor& var, std::int64_t values) {
   const auto written = [](const Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); };
@@ -91,11 +95,19 @@ void update_in_loops(const Running& r, const Tensor& mean, const Tensor& var, st
   const double of_batches = r.batches.has_value() ? 1.0 / *r.batches->const_data_ptr<std::int64_t>() : 0;
   const A part = static_cast<A>(r.momentum.value_or(of_batches));
   const auto move_all = [&](const Tensor& running, const Tensor& of_batch, A factor) {
-    A* to = running.mutable_data_ptr<A>();
     const A* from = of_batch.const_data_ptr<A>();
-    for (std::int64_t c = 0; c < running.numel(); ++c) {  // at::lerp's two forms
-      const A off = from[c] * factor - to[c];
-      to[c] = part < A(0.5) ? to[c] + part * off : from[c] * factor - off * (1 - part);
+    const auto move_to = [&]<class T>(T* to) {
+      for (std::int64_t c = 0; c < running.numel(); ++c) {  // at::lerp's two forms
+        const A before = static_cast<A>(to[c]), off = from[c] * factor - before;
+        to[c] = static_cast<T>(part < A(0.5) ? before + part * off : from[c] * factor - off * (1 - part));
+      }
+    };
+    if (running.scalar_type() == at::kHalf) {
+      move_to(running.mutable_data_ptr<at::Half>());
+    } else if (running.scalar_type() == at::kBFloat16) {
+      move_to(running.mutable_data_ptr<at::BFloat16>());
+    } else {
+      move_to(running.mutable_data_ptr<A>());
     }
     written(running);
   };

@@ -17,8 +17,10 @@ void Backend<Cpu>::excite(const ops::Excite& a, const ops::Activations& activati
   const Tensor h = at::empty_like(hidden);
   const InType s(scale, type);
 
+  // Taken here, not in the parallel region: asking for the data of a tensor that is copied on write copies it.
+  const Pointer z_at(z), hidden_at(hidden), h_at(h), scale_at(s.tensor);
   Schedule::of(N, e.weight_bytes() * N).run(N, [&](Team team, int, std::int64_t first, std::int64_t samples) {
-    e.forward(team, first, samples, Pointer(z), Pointer(hidden), Pointer(h), Pointer(s.tensor));
+    e.forward(team, first, samples, z_at, hidden_at, h_at, scale_at);
   });
   s.write_back();
 }
@@ -38,13 +40,13 @@ void Backend<Cpu>::excite_backward(const ops::ExciteBackward& a, const ops::Acti
   const auto& [grad_z, grad_w1, grad_b1, grad_w2, grad_b2] = to;
   const InType gz(grad_z.defined() ? grad_z : at::empty_like(z), type);
 
-  e.activate(N, Pointer(hidden), Pointer(h));
+  const Pointer z_at(z), scale_at(scale), hidden_at(hidden), h_at(h);
+  const Pointer grad_t_at(grad_t), grad_hidden_at(grad_hidden), gz_at(gz.tensor);
+  e.activate(N, hidden_at, h_at);
   Schedule::of(N, e.weight_bytes() * N).run(N, [&](Team team, int, std::int64_t first, std::int64_t samples) {
-    e.backward(team, first, samples, 1, Pointer(scale), Pointer(hidden), Pointer(h), Pointer(grad_t),
-               Pointer(grad_hidden), Pointer(gz.tensor));
+    e.backward(team, first, samples, 1, scale_at, hidden_at, h_at, grad_t_at, grad_hidden_at, gz_at);
   });
-  e.weight_gradients(N, Pointer(z), Pointer(h), Pointer(grad_t), Pointer(grad_hidden),
-                     {grad_w1, grad_b1, grad_w2, grad_b2});
+  e.weight_gradients(N, z_at, h_at, grad_t_at, grad_hidden_at, {grad_w1, grad_b1, grad_w2, grad_b2});
   gz.write_back();
 }
 

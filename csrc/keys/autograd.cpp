@@ -277,9 +277,16 @@ typename Recording::Op::Result record(const typename Recording::Op::Arguments& a
   if (needs_formula(a)) return formula::compute(a);
   if (!any_differentiable(a, is_recorded)) return below_autograd<Op>(a);
   typename Node<Recording>::Results results;
-  Tensor output =
-      std::apply([&](const auto&... argument) { return Node<Recording>::apply(results, argument...); }, a.flat());
-  std::get<0>(results) = std::move(output);
+  Tensor& output = std::get<0>(results);
+  try {
+    output =
+        std::apply([&](const auto&... argument) { return Node<Recording>::apply(results, argument...); }, a.flat());
+  } catch (...) {
+    // Where memory runs out after the output has got its node and before the node has saved it as its own output, the
+    // two keep each other and the saved maps alive.
+    if (output.defined()) output.unsafeGetTensorImpl()->set_autograd_meta(nullptr);
+    throw;
+  }
   if constexpr (std::tuple_size_v<decltype(results)> == 1) {
     return std::get<0>(results);
   } else {
