@@ -57,7 +57,9 @@ def test_a_saved_tensor_that_does_not_fit(case: OpCase, name: str, mode: str, re
         }
         # Of fake tensors on two devices torch itself speaks first, where autograd does not.
         by_torch = mode == "fake" and not recorded
-        elsewhere = "two devices" if by_torch else rf"^{who}: expected {called} on device {here}, got {there}$"
+        elsewhere = (
+            r"two (different )?devices" if by_torch else rf"^{who}: expected {called} on device {here}, got {there}$"
+        )
         bad[elsewhere] = torch.ones(shape, device=there)
         for message, tensor in bad.items():
             with pytest.raises((RuntimeError, TypeError), match=message):

@@ -137,7 +137,12 @@ def load(methods: list[str], workers: int) -> None:
     expected = [digest(collate([data[i], data[i + 1]])) for i in (0, 2)]
     for method in methods:
         loader = DataLoader(
-            data, batch_size=2, num_workers=workers, multiprocessing_context=method, collate_fn=collate, timeout=LONGEST_S
+            data,
+            batch_size=2,
+            num_workers=workers,
+            multiprocessing_context=method,
+            collate_fn=collate,
+            timeout=LONGEST_S,
         )
         assert [digest(batch) for batch in loader] == expected, method
 

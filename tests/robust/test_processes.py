@@ -1,0 +1,103 @@
+"""Threads of Python, forked and spawned processes, nested regions, and Ctrl-C: the results are those of a lone thread of
+one process, and nothing hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from every_op import INTERRUPTS, LONGEST_S, digest, make_steps
+from helpers import ROOT, TESTS
+from strategies import TIMES
+
+pytestmark = pytest.mark.cpu_only
+HERE = Path(__file__).parent
+CALLERS = 8
+
+
+def start(*words: str, **environment: str) -> subprocess.Popen[str]:
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS, HERE)))}
+    return subprocess.Popen(
+        [sys.executable, HERE / "every_op.py", *words],
+        env=os.environ | paths | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines_of(running: subprocess.Popen[str]) -> list[str]:
+    try:
+        out, error = running.communicate(timeout=3 * LONGEST_S)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        raise
+    assert running.returncode == 0, error[-2000:]
+    assert out.splitlines()[-1] == "right"
+    return out.splitlines()[:-1]
+
+
+def test_threads_of_python_with_settings_of_their_own(restore_threads: None) -> None:
+    """Each calls the ops in another order, with another number of threads: torch's setting belongs to a thread. Forward
+    and backward of a step may have different numbers."""
+    steps = make_steps()
+    expected = {name: digest(step()) for name, step in steps.items()}
+    names, meet = list(steps), threading.Barrier(CALLERS)
+
+    def work(caller: int) -> list[str]:
+        torch.set_num_threads(1 + caller % 4)
+        meet.wait()
+        order = names[caller * 3 :] + names[: caller * 3]
+        return [name for name in order * TIMES if digest(steps[name]()) != expected[name]]
+
+    with ThreadPoolExecutor(CALLERS) as pool:
+        assert list(pool.map(work, range(CALLERS))) == [[]] * CALLERS
+
+
+def test_the_number_of_threads_changes_between_forward_and_backward(restore_threads: None) -> None:
+    import se_ext
+
+    leaves = [torch.randn(4, 64, 28, 28), torch.randn(4, 64), torch.randn(4), torch.randn(64, 4), torch.randn(64)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    found = set()
+    for forward, backward in ((1, 1), (1, 4), (4, 1), (2, 3)):
+        torch.set_num_threads(forward)
+        y = se_ext.squeeze_excite(*leaves, post_activation="silu")
+        torch.set_num_threads(backward)
+        found.add(digest(list(torch.autograd.grad(y, leaves, leaves[0].detach()))))
+    assert len(found) == 1
+
+
+def test_openmps_own_settings() -> None:
+    """Nested regions, one thread, more threads than CPUs, threads that come and go: the same bits."""
+    settings = [{}, {"OMP_MAX_ACTIVE_LEVELS": "3", "OMP_NUM_THREADS": "2,2,2"}, {"OMP_NUM_THREADS": "1"}]
+    settings += [{"OMP_THREAD_LIMIT": "2"}, {"OMP_DYNAMIC": "true", "OMP_NUM_THREADS": "7"}]
+    digests = {line for setting in settings for line in lines_of(start("digest", **setting))}
+    assert len(digests) == 1
+
+
+def test_a_forked_child() -> None:
+    assert lines_of(start("fork")) == []
+
+
+def test_workers_of_a_data_loader() -> None:
+    assert lines_of(start("loader", "2", "fork", "spawn", "forkserver")) == []
+
+
+def test_an_interrupt_leaves_the_process_usable() -> None:
+    running = start("interrupt")
+    assert running.stdout is not None
+    for _ in range(INTERRUPTS):
+        assert running.stdout.readline() == "ready\n"
+        threading.Event().wait(0.3)
+        running.send_signal(signal.SIGINT)
+        assert running.stdout.readline() == "interrupted\n"
+    assert lines_of(running) == []
