@@ -1,5 +1,5 @@
-"""A program that test_out_of_memory.py runs with failing_malloc.c preloaded: calls every op, and its backward, again and
-again, with one more allocation going well each time.
+"""A program that test_out_of_memory.py runs with failing_malloc.c preloaded: calls every op, and its backward, again
+and again, with one more allocation going well each time.
 
     failing_calls.py OP[,OP...] EVERY        every EVERY-th allocation fails; 1: each
 

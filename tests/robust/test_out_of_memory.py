@@ -57,7 +57,8 @@ import se_ext
 
 torch.set_num_threads(2)
 # 40 MB: more than malloc keeps of what was freed.
-x, scale, weights, filters = torch.randn(5, 64, 128, 256), torch.rand(5, 64), make_weights(64, 4), torch.rand(64, 1, 3, 3)
+x, scale, filters = torch.randn(5, 64, 128, 256), torch.rand(5, 64), torch.rand(64, 1, 3, 3)
+weights = make_weights(64, 4)
 mean, var, batches = torch.zeros(64), torch.ones(64), torch.tensor(0)
 calls = {
     "rescale": lambda: se_ext.rescale(x, scale),
