@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "usage.md"
 BEGIN, END = "<!-- versions:begin -->\n", "<!-- versions:end -->\n"
 COLUMNS = ("torch", "Python", "compiler", "CUDA kernels", "tests", "passed", "skipped", "failed")
 
-TESTS = ["tests/kernels", "tests/dispatch", "tests/modules", "tests/building/test_loader.py"]
+TESTS = ["tests/kernels", "tests/dispatch", "tests/modules"]
 TEST_PACKAGES = ["pytest", "pytest-xdist", "hypothesis", "numpy"]
 # What tests of single ops compare with. pip takes the torchvision that belongs to the torch.
 OTHER_LIBRARIES = ["torchvision", "timm", "onnx", "onnxscript", "onnxruntime"]
