@@ -91,7 +91,7 @@ class Ninja:
 
 
 def build(sanitizer: str, sets: list[str], own: list[str], target: str, link: list[str]) -> Path:
-    """Compiles the library, with kernels of these instruction sets, and the sources `own` of this folder.
+    """Compiles the library, with kernels of the baseline and of these instruction sets, and the sources `own` of this folder.
 
     One that has the name of a source of the library takes its place.
     """

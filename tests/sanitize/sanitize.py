@@ -120,7 +120,8 @@ def address(sets: list[str], tests: list[str], narrowed: list[str]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         reports = Reports(folder)
         for isa in sets:
-            right &= mistakes_are_found(package, isa, reports)
+            if not mistakes_are_found(package, isa, reports):
+                return False
             ended = run([*PYTEST, "-o", f"pythonpath={package} {PATHS}", *tests, *narrowed], reports, package, isa)
             found = reports.take()
             print(found, end="")
