@@ -99,6 +99,7 @@ def build(sanitizer: str, sets: list[str], own: list[str], target: str, link: li
     undefined, undefined_in_kernels = (UNDEFINED, UNDEFINED_IN_KERNELS) if sanitizer == "address" else ([], [])
     sanitize = SANITIZERS[sanitizer]
     known = instruction_sets()
+    sets = [name for name in known if name in ("baseline", *sets)]  # isa.cpp cannot do without the baseline
     objects = [
         ninja.object(
             CSRC / kernels / f"{name}.cpp", [*FLAGS, *sanitize, *undefined_in_kernels, *KERNEL_FLAGS, *known[name]]
