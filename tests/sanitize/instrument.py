@@ -91,14 +91,15 @@ class Ninja:
 
 
 def build(sanitizer: str, sets: list[str], own: list[str], target: str, link: list[str]) -> Path:
-    """Compiles the library, with kernels of these instruction sets, and the sources `own` of this folder.
+    """Compiles the library with kernels of the baseline and of these instruction sets, and the sources `own`.
 
-    One that has the name of a source of the library takes its place.
+    A source of this folder that has the name of a source of the library takes its place.
     """
     ninja = Ninja(sanitizer)
     undefined, undefined_in_kernels = (UNDEFINED, UNDEFINED_IN_KERNELS) if sanitizer == "address" else ([], [])
     sanitize = SANITIZERS[sanitizer]
     known = instruction_sets()
+    sets = [name for name in known if name in ("baseline", *sets)]  # isa.cpp cannot do without the baseline
     objects = [
         ninja.object(
             CSRC / kernels / f"{name}.cpp", [*FLAGS, *sanitize, *undefined_in_kernels, *KERNEL_FLAGS, *known[name]]
