@@ -167,7 +167,8 @@ def is_known_layer(layer: Any) -> bool:
     else:
         formula = cls is nn.Linear
     plain = formula and all(type(parameter) in _PLAIN for parameter in layer.parameters())
-    complete = parametrized or layer._parameters.keys() >= {"weight", "bias"}
+    held = layer._parameters
+    complete = parametrized or ("weight" in held and "bias" in held)  # torch 2.10 compiles no comparison of sets
     return plain and complete and is_called_plainly(layer)
 
 
