@@ -250,8 +250,12 @@ def normalization_of(bn: Any) -> Optional[Normalization]:
         and type(count) in _PLAIN_OR_NONE
     )
     if plain and state["eps"] > 0 and is_called_plainly(bn):
-        training, tracked = state["training"], state["track_running_stats"]
-        return normalization_from(weight, bias, (mean, var, count), training, tracked, state["momentum"], state["eps"])
+        if is_dynamo_compiling():  # guards what is read as an attribute; torch 2.15 guards no entry of __dict__
+            training, tracked, momentum, eps = bn.training, bn.track_running_stats, bn.momentum, bn.eps
+        else:
+            training, tracked, momentum = state["training"], state["track_running_stats"], state["momentum"]
+            eps = state["eps"]
+        return normalization_from(weight, bias, (mean, var, count), training, tracked, momentum, eps)
     return None
 
 
