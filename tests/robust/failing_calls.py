@@ -29,10 +29,7 @@ WIDE = (2, 64, 14, 14)
 WEIGHTY, HIDDEN = (2, 256, 4, 4), 64
 COPIED_ON_WRITE = "copied on write"  # where asking for a tensor's data may allocate
 MOST_REPEATS = 6
-OOM = ctypes.CDLL(None)
-OOM.memory_fail.argtypes = [ctypes.c_long, ctypes.c_int]
-for counter in (OOM.memory_stop, OOM.memory_failures, OOM.memory_blocks, OOM.memory_in_regions):
-    counter.restype = ctypes.c_long
+OOM = ctypes.CDLL(None)  # with what failing_malloc.c exports, where that is preloaded
 
 Call = Callable[[], list[Tensor | None]]
 
@@ -177,7 +174,14 @@ def fail_in(case: OpCase, every: int) -> Tally:
     return tally
 
 
+def declare() -> None:
+    OOM.memory_fail.argtypes = [ctypes.c_long, ctypes.c_int]
+    for counter in (OOM.memory_stop, OOM.memory_failures, OOM.memory_blocks, OOM.memory_in_regions):
+        counter.restype = ctypes.c_long
+
+
 def main() -> None:
+    declare()
     names, every = sys.argv[1].split(","), int(sys.argv[2])
     torch.set_num_threads(2)
     torch.ones(2**20).add_(1)  # OpenMP's threads, whose runtime ends the process where it finds no memory for them
