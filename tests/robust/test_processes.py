@@ -1,4 +1,4 @@
-"""Threads of Python, forked and spawned processes, nested regions, and Ctrl-C: the results are those of a lone thread
+"""Threads of Python, forked and spawned processes, settings of OpenMP, and Ctrl-C: the results are those of a lone thread
 of one process, and nothing hangs."""
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_the_number_of_threads_changes_between_forward_and_backward(restore_thre
 
 
 def test_openmps_own_settings() -> None:
-    """Nested regions, one thread, more threads than CPUs, threads that come and go: the same bits."""
+    """Levels of nesting, a limit of threads, one thread: the same bits."""
     settings = [
         {"OMP_MAX_ACTIVE_LEVELS": "3", "OMP_NUM_THREADS": "2,2,2"},
         {"OMP_THREAD_LIMIT": "2", "OMP_DYNAMIC": "true"},
