@@ -1,5 +1,5 @@
-"""Threads of Python, forked and spawned processes, settings of OpenMP, and Ctrl-C: the results are those of a lone thread
-of one process, and nothing hangs."""
+"""Threads of Python, forked and spawned processes, settings of OpenMP, and Ctrl-C: the results are those of a lone
+thread of one process, and nothing hangs."""
 
 from __future__ import annotations
 
