@@ -77,6 +77,7 @@ def share_statistics(model: nn.Module) -> None:
 
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Rank 0 writes the whole state, under another name until the file is complete."""
+    share_statistics(model)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, state = get_state_dict(model, optimizer, options=whole)  # every rank takes part
     if dist.get_rank() == 0:
@@ -103,6 +104,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 def save_parts(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Each rank writes what it holds to a folder of the step's own; the older ones go when that is complete."""
+    share_statistics(model)
     weights, state = get_state_dict(model, optimizer)
     now = folder / f"step_{step:09}"
     checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=now)
@@ -137,7 +139,6 @@ def train(options: argparse.Namespace) -> None:
         loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
-        share_statistics(model)
         write(options.checkpoint, model, optimizer, step + 1)
         if rank == 0:
             print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)

@@ -6,6 +6,7 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -57,9 +58,9 @@ Tensor fused(const std::vector<Tensor>& t) {
 }
 
 // x, w1, b1, w2, b2 and r; the map in NCHW or channels_last.
-std::vector<Tensor> make_arguments(at::ScalarType dtype, at::MemoryFormat format) {
+std::vector<Tensor> make_arguments(at::ScalarType dtype, at::MemoryFormat format, std::int64_t h = 7) {
   at::manual_seed(1);
-  constexpr std::int64_t n = 3, c = 37, m = 5, h = 7, w = 9;
+  constexpr std::int64_t n = 3, c = 37, m = 5, w = 9;
   std::vector<Tensor> made{at::randn({n, c, h, w}), at::randn({m, c}), at::randn({m}),
                            at::randn({c, m}),       at::randn({c}),    at::randn({n, c, h, w})};
   for (Tensor& t : made) t = t.to(dtype);
@@ -131,8 +132,13 @@ void backward() {
   for (std::size_t i = 0; i < ours.size(); ++i) expect_close(names[i], ours[i], exact[i]);
 }
 
+// Maps that are large enough to wake a second thread.
+std::vector<Tensor> large_arguments() {
+  return make_arguments(at::kFloat, at::MemoryFormat::Contiguous, 200);
+}
+
 void threads() {
-  const auto arguments = make_arguments(at::kFloat, at::MemoryFormat::Contiguous);
+  const auto arguments = large_arguments();
   at::set_num_threads(1);
   const Tensor y = fused(arguments);
   const auto one = gradients(arguments, fused);
@@ -142,9 +148,35 @@ void threads() {
   for (std::size_t i = 0; i < one.size(); ++i) expect(at::equal(one[i], two[i]), "another gradient with two threads");
 }
 
+// An op inside of a parallel region runs on the thread that calls it, and gives the same bits.
+void nested() {
+  const auto arguments = large_arguments();
+  at::set_num_threads(2);
+  const Tensor y = fused(arguments);
+  const auto expected = gradients(arguments, fused);
+  constexpr std::int64_t kCalls = 6;
+  std::vector<Tensor> outputs(kCalls);
+  std::vector<std::vector<Tensor>> found(kCalls);
+  std::atomic<int> inside{0};
+  at::parallel_for(0, kCalls, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      inside += at::in_parallel_region();
+      outputs[i] = fused(arguments);
+      found[i] = gradients(arguments, fused);
+    }
+  });
+  expect(inside == kCalls, "the calls were not inside of a parallel region");
+  for (std::int64_t i = 0; i < kCalls; ++i) {
+    expect(at::equal(outputs[i], y), "another output inside of a parallel region");
+    for (std::size_t k = 0; k < expected.size(); ++k) {
+      expect(at::equal(found[i][k], expected[k]), "another gradient inside of a parallel region");
+    }
+  }
+}
+
 void openmp() {
   at::set_num_threads(2);
-  fused(make_arguments(at::kFloat, at::MemoryFormat::Contiguous));
+  fused(large_arguments());
   std::set<std::string> runtimes;
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) {
@@ -169,13 +201,8 @@ void instruction_sets() {
 }
 
 const std::map<std::string, std::function<void()>> kCases{
-    {"values", values},
-    {"in_place", in_place},
-    {"error", error},
-    {"backward", backward},
-    {"threads", threads},
-    {"openmp", openmp},
-    {"instruction_sets", instruction_sets},
+    {"values", values},   {"in_place", in_place}, {"error", error},   {"backward", backward},
+    {"threads", threads}, {"nested", nested},     {"openmp", openmp}, {"instruction_sets", instruction_sets},
 };
 
 }  // namespace

@@ -117,7 +117,6 @@ def train_and_save(folder: Path, shard: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     loss(model, torch.distributed.get_rank(), torch.distributed.get_world_size()).backward()
     optimizer.step()
-    train_ddp.share_statistics(model)
     for step in (1, 2):
         train_ddp.save_parts(folder / "parts", model, optimizer, step)
     train_ddp.save(folder / "whole.pt", model, optimizer, 2)

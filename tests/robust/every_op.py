@@ -3,6 +3,7 @@ test_processes.py runs, which makes these calls in one process and then in other
 
     every_op.py digest            prints a digest of all results for each number of threads
     every_op.py fork              in forked children, after the ops ran in the parent
+    every_op.py "fork first"      in a forked child, before any op ran
     every_op.py loader N METHOD…  in N workers of a DataLoader that starts processes by METHOD
     every_op.py interrupt         until the last of a few interrupts
 """
@@ -108,6 +109,15 @@ def fork() -> None:
     assert digest_of_all(steps) == expected
 
 
+def fork_first() -> None:
+    def child() -> None:
+        torch.set_num_threads(2)
+        steps = make_steps()
+        assert digest_of_all(steps) == digest_of_all(steps)
+
+    assert succeeds_in_a_child(child)
+
+
 # ---- workers ----
 
 
@@ -184,6 +194,8 @@ def main() -> None:
             print(digest_of_all(steps))
     elif what == "fork":
         fork()
+    elif what == "fork first":
+        fork_first()
     elif what == "loader":
         load(rest[1:], int(rest[0]))
     else:

@@ -3,18 +3,16 @@ raises a Python exception. None ends the process, none lasts, none gives another
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
-from helpers import ROOT, TESTS
 from strategies import IS_LONG, TIMES
 
 pytestmark = pytest.mark.cpu_only
-HERE = Path(__file__).parent
 CALLS = 3000
 LONGEST_S = 30.0  # of one call, on a busy machine
 
@@ -25,8 +23,8 @@ def test_nonsense_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "output"
     with output.open("w") as to:
         running = subprocess.Popen(
-            [sys.executable, HERE / "fuzzed_calls.py", str(first), str(CALLS * TIMES), progress],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS, HERE)))},
+            [sys.executable, programs.HERE / "fuzzed_calls.py", str(first), str(CALLS * TIMES), progress],
+            env=programs.environment(),
             stdout=to,
             stderr=subprocess.STDOUT,
         )

@@ -3,44 +3,29 @@ would have written, nor running statistics. The next call gives the right result
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import programs
 import pytest
-from helpers import ROOT, TESTS
 from ops import CASES
 from strategies import IS_LONG, TIMES
 
 pytestmark = pytest.mark.cpu_only
-HERE = Path(__file__).parent
 EVERY = 1 if IS_LONG else 29
 
 
 @pytest.fixture(scope="module")
-def failing_malloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def failing_malloc(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The library that makes allocations fail."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs Linux, glibc and a C compiler")
-    library = tmp_path_factory.mktemp("malloc") / "failing_malloc.so"
-    flags = ["-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-ftls-model=initial-exec"]
-    subprocess.run([compiler, *flags, "-o", library, HERE / "failing_malloc.c", "-ldl"], check=True)
-    return library
-
-
-def test_every_op_survives_a_failing_allocation(failing_malloc: Path) -> None:
-    paths = os.pathsep.join(map(str, (ROOT, TESTS, HERE)))
-    done = subprocess.run(
-        [sys.executable, HERE / "failing_calls.py", ",".join(case.name for case in CASES), str(EVERY)],
-        env=os.environ | {"LD_PRELOAD": str(failing_malloc), "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=120 + 60 * TIMES,
-        check=False,
+    return programs.library_to_preload(
+        "failing_malloc.c", tmp_path_factory.mktemp("malloc"), "-ftls-model=initial-exec"
     )
+
+
+def test_every_op_survives_a_failing_allocation(failing_malloc: str) -> None:
+    names = ",".join(case.name for case in CASES)
+    done = programs.run("failing_calls.py", names, str(EVERY), timeout=120 + 60 * TIMES, LD_PRELOAD=failing_malloc)
     assert done.returncode == 0, f"{done.stdout[-500:]} ended by {done.returncode}: {done.stderr[-2000:]}"
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == [case.name for case in CASES]
@@ -100,7 +85,7 @@ def test_a_map_that_does_not_fit() -> None:
     """The output is larger than the address space that is left."""
     done = subprocess.run(
         [sys.executable, "-c", LIMITED],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS)))},
+        env=programs.environment(),
         capture_output=True,
         text=True,
         timeout=120,

@@ -3,45 +3,33 @@ thread of one process, and nothing hangs."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import programs
 import pytest
 import torch
 from every_op import INTERRUPTS, LONGEST_S, digest, make_steps
-from helpers import ROOT, TESTS
 from strategies import TIMES
 
+import se_ext
+
 pytestmark = pytest.mark.cpu_only
-HERE = Path(__file__).parent
 CALLERS = 8
 
 
-def start(*words: str, **environment: str) -> subprocess.Popen[str]:
-    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS, HERE)))}
-    return subprocess.Popen(
-        [sys.executable, HERE / "every_op.py", *words],
-        env=os.environ | paths | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def lines_of(running: subprocess.Popen[str]) -> list[str]:
-    try:
-        out, error = running.communicate(timeout=3 * LONGEST_S)
-    except subprocess.TimeoutExpired:
-        running.kill()
-        raise
-    assert running.returncode == 0, error[-2000:]
-    assert out.splitlines()[-1] == "right"
-    return out.splitlines()[:-1]
+    done = programs.finish(running, 3 * LONGEST_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, last = done.stdout.splitlines()
+    assert last == "right"
+    return lines
+
+
+def said(*words: str, **environment: str) -> list[str]:
+    return lines_of(programs.start("every_op.py", *words, **environment))
 
 
 def test_threads_of_python_with_settings_of_their_own(restore_threads: None) -> None:
@@ -62,8 +50,6 @@ def test_threads_of_python_with_settings_of_their_own(restore_threads: None) -> 
 
 
 def test_the_number_of_threads_changes_between_forward_and_backward(restore_threads: None) -> None:
-    import se_ext
-
     leaves = [torch.randn(4, 64, 28, 28), torch.randn(4, 64), torch.randn(4), torch.randn(64, 4), torch.randn(64)]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -76,6 +62,20 @@ def test_the_number_of_threads_changes_between_forward_and_backward(restore_thre
     assert len(found) == 1
 
 
+def test_forks_of_torchscript(restore_threads: None) -> None:
+    """torch.jit.fork calls the op on threads of the interpreter, several at once."""
+
+    @torch.jit.script
+    def several(x: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+        futures = [torch.jit.fork(torch.ops.se_ext.rescale, x, scale, None, "silu") for _ in range(4)]
+        return [torch.jit.wait(future) for future in futures]
+
+    torch.set_num_threads(2)
+    x, scale = torch.randn(4, 64, 28, 28), torch.rand(4, 64)
+    expected = se_ext.rescale(x, scale, None, "silu")
+    assert all(torch.equal(y, expected) for y in several(x, scale))
+
+
 def test_openmps_own_settings() -> None:
     """Levels of nesting, a limit of threads, one thread: the same bits."""
     settings = [
@@ -83,20 +83,25 @@ def test_openmps_own_settings() -> None:
         {"OMP_THREAD_LIMIT": "2", "OMP_DYNAMIC": "true"},
         {"OMP_NUM_THREADS": "1"},
     ]
-    digests = {line for setting in settings for line in lines_of(start("digest", **setting))}
+    digests = {line for setting in settings for line in said("digest", **setting)}
     assert len(digests) == 1
 
 
 def test_a_forked_child() -> None:
-    assert lines_of(start("fork")) == []
+    """The parent's threads do not survive a fork; the child computes the same bits, and so does a child of its own."""
+    assert said("fork") == []
+
+
+def test_a_child_that_forked_before_the_first_call() -> None:
+    assert said("fork first") == []
 
 
 def test_workers_of_a_data_loader() -> None:
-    assert lines_of(start("loader", "2", "fork", "spawn", "forkserver")) == []
+    assert said("loader", "2", "fork", "spawn", "forkserver") == []
 
 
 def test_an_interrupt_leaves_the_process_usable() -> None:
-    running = start("interrupt")
+    running = programs.start("every_op.py", "interrupt")
     assert running.stdout is not None
     for _ in range(INTERRUPTS):
         assert running.stdout.readline() == "ready\n"
