@@ -2,6 +2,7 @@
 // throws, and the program ends with 1 and a message.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -158,13 +159,19 @@ void nested() {
   std::vector<Tensor> outputs(kCalls);
   std::vector<std::vector<Tensor>> found(kCalls);
   std::atomic<int> inside{0};
-  at::parallel_for(0, kCalls, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      inside += at::in_parallel_region();
-      outputs[i] = fused(arguments);
-      found[i] = gradients(arguments, fused);
-    }
-  });
+  // torch opens the region. This program is built without OpenMP, so that at::parallel_for would be a plain loop in it.
+  Tensor numbers = at::arange(kCalls, at::kLong);
+  auto elements = at::TensorIterator::nullary_op(numbers);
+  elements.for_each(
+      [&](char** data, const std::int64_t* strides, std::int64_t size) {
+        for (std::int64_t k = 0; k < size; ++k) {
+          const std::int64_t i = *reinterpret_cast<const std::int64_t*>(data[0] + k * strides[0]);
+          inside += at::in_parallel_region();
+          outputs[i] = fused(arguments);
+          found[i] = gradients(arguments, fused);
+        }
+      },
+      /*grain_size=*/1);
   expect(inside == kCalls, "the calls were not inside of a parallel region");
   for (std::int64_t i = 0; i < kCalls; ++i) {
     expect(at::equal(outputs[i], y), "another output inside of a parallel region");
