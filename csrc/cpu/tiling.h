@@ -17,7 +17,8 @@ struct Tiling {
   static constexpr std::int64_t kTileBytes = 32 * 1024;
   static constexpr std::int64_t kAligned = 32;    // channels, so that tiles start where a register does if slabs do
   static constexpr std::int64_t kFewPoints = 16;  // a tile's row of partial sums is small beside the tile
-  static constexpr std::int64_t kMostTiles = 64;
+  static constexpr std::int64_t kMostTiles = 64;  // as far as kMostPoints allows
+  static constexpr std::int64_t kMostPoints = 4 * 1024;  // a sum of more, one after the other, loses digits in float32
 
   std::int64_t extent;  // channels or points per tile
   std::int64_t total;   // channels or points in all
@@ -31,7 +32,7 @@ struct Tiling {
     if (channels_first) {
       if (extent > kAligned) extent -= extent % kAligned;
     } else {
-      extent = std::max({extent, kFewPoints, total / kMostTiles});
+      extent = std::min(std::max({extent, kFewPoints, total / kMostTiles}), kMostPoints);
     }
     count = ceil_div(total, extent);
   }

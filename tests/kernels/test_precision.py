@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import ACTIVATIONS, DTYPES, GATES, HALF, assert_close, make_map, make_weights, memory_format, one_thread
-from ops import Options, cases, layouts
+from ops import BY_NAME, Options, cases, layouts
 
 import se_ext
 from se_ext import reference
@@ -90,6 +90,19 @@ def test_variance_around_a_large_mean(case, shape, channels_last):
     assert torch.allclose(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6)
     error = (var.double() / exact.var((0, 2, 3), correction=0) - 1).abs().max().item()
     assert error < 1e-3, error
+
+
+@pytest.mark.large
+@layouts
+def test_variance_of_many_points(channels_last):
+    """2²⁴ points a channel in float32: a tile that grows with the map would sum up too many, one after the other."""
+    x = (torch.randn(1, 3, 4096, 4096) + 2).contiguous(memory_format=memory_format(4, channels_last))
+    case = BY_NAME["_bn_activation"]
+    _, mean, var, *_ = case.run(case.make(Options((1, 3, 2, 2), residual=False)) | {"input": x})
+    with one_thread():
+        exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    for found, expected in zip((var, mean), exact, strict=True):
+        assert (found.double() / expected - 1).abs().max().item() < 1e-5
 
 
 # ---- conversions ----

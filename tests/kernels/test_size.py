@@ -97,40 +97,55 @@ def in_float64_of(
     ]
 
 
-def check(case: OpCase, along: str, trains: bool, options: Options) -> None:
-    given = case.make(options)
-    shape = case.run(case.make(options))[0].shape
-    big = {name: repeated(name, value, along, TIMES) for name, value in given.items()}
-    assert big["input"].numel() > 2**31
-    if given.get("residual") is not None and case.writes != ("input",):
-        given["residual"], big["residual"] = given["input"], big["input"].detach()  # read alone: needs no memory
-    wanted = [name for name in case.differentiable if trains and given[name] is not None]
-    names = names_of(case, wanted)
-    is_as_input = shape == options.shape
-    grad = (
-        given["input"].clone()
-        if is_as_input
-        else make_map(shape, options.dtype, options.channels_last and len(shape) > 2)
-    )
-    leaves = [big[name].requires_grad_() for name in wanted]
-    found = case.run(big)
-    if wanted:
-        of_y = big["input"].detach() if is_as_input else gradient(names[0], grad, along, TIMES)
-        found += torch.autograd.grad(found[0], leaves, of_y)
+def exact_parts(
+    case: OpCase, given: dict[str, Any], grad: Tensor, wanted: list[str], along: str
+) -> list[list[Tensor] | None]:
+    """Of each result: the first, a middle and the last repetition of many, or the whole."""
     of_two, of_three = (in_float64_of(case, given, grad, wanted, along, times) for times in (2, 3))
-    # The repetitions' roundings are the same, so that a sum over them errs by the same part as a sum over one.
-    summed = options.points * options.shape[0] * options.shape[1]
-    for name, ours, two, three in zip(names, found, of_two, of_three, strict=True):
-        if three is None:
-            assert ours is None or ours.numel() == 0
+    found: list[list[Tensor] | None] = []
+    for name, two, three in zip(names_of(case, wanted), of_two, of_three, strict=True):
+        if two is None or three is None:
+            found.append(None)
             continue
         # What a repetition adds to a sum over them. A variance without bias nears its limit, and is there already.
         grows = 0 * three[0] if name == "running_var" else three[0] - two[0]
-        exact = [part + (TIMES - 3) * grows for part in three]
+        found.append([part + (TIMES - 3) * grows for part in three])
+    return found
+
+
+def check(case: OpCase, along: str, trains: bool, options: Options) -> None:
+    given = case.make(options)
+    shape = case.run(case.make(options))[0].shape
+    shares = given.get("residual") is not None and case.writes != ("input",)
+    if shares:
+        given["residual"] = given["input"]  # read alone: needs no memory of its own
+    is_as_input = shape == options.shape
+    last = options.channels_last and len(shape) > 2
+    grad = given["input"].clone() if is_as_input else make_map(shape, options.dtype, last)
+    wanted = [name for name in case.differentiable if trains and given[name] is not None]
+    names = names_of(case, wanted)
+    exact = exact_parts(case, given, grad, wanted, along)
+
+    big = {name: repeated(name, value, along, TIMES) for name, value in given.items() if name != "residual"}
+    if "residual" in given:
+        residual = given["residual"]
+        big["residual"] = big["input"].detach() if shares else repeated("residual", residual, along, TIMES)
+    assert big["input"].numel() > 2**31
+    leaves = [big[name].requires_grad_() for name in wanted]
+    found = case.run({name: big[name] for name in given})
+    if wanted:
+        of_y = big["input"].detach() if is_as_input else gradient(names[0], grad, along, TIMES)
+        found += torch.autograd.grad(found[0], leaves, of_y)
+    # The repetitions' roundings are the same, so that a sum over them errs by the same part as a sum over one.
+    summed = options.points * options.shape[0] * options.shape[1]
+    for name, ours, expected in zip(names, found, exact, strict=True):
+        if expected is None:
+            assert ours is None or ours.numel() == 0
+            continue
         parts = repetitions(name, ours.detach(), along, TIMES)
         for at in (0, 0.5, 1):  # a convolution's first and last rows have other neighbours
-            part, expected = (of[round(at * (len(of) - 1))] for of in (parts, exact))
-            compare(part, expected, ours.dtype, summed)
+            part, exact_part = (of[round(at * (len(of) - 1))] for of in (parts, expected))
+            compare(part, exact_part, ours.dtype, summed)
         for i, part in enumerate(parts[1:-1]):
             assert torch.equal(part, parts[1]), f"{name}: repetition {i + 1}"
 
