@@ -6,6 +6,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import programs
@@ -47,6 +49,40 @@ def test_threads_of_python_with_settings_of_their_own(restore_threads: None) -> 
 
     with ThreadPoolExecutor(CALLERS) as pool:
         assert list(pool.map(work, range(CALLERS))) == [[]] * CALLERS
+
+
+def runs_beside(step: Callable[[], object]) -> bool:
+    """Whether this thread goes on while another one is in the middle of `step`."""
+    times: list[float] = []
+
+    def work() -> None:
+        times.append(time.perf_counter())
+        step()
+        times.append(time.perf_counter())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ticks = []
+    while thread.is_alive():
+        ticks.append(time.perf_counter())
+    begin, end = times
+    return any(abs(tick - (begin + end) / 2) < (end - begin) / 4 for tick in ticks)
+
+
+def test_other_threads_of_python_run_during_an_op(restore_threads: None) -> None:
+    """Python's lock is released, in forward and in backward."""
+    torch.set_num_threads(1)
+    x, scale = torch.randn(16, 64, 112, 112, requires_grad=True), torch.rand(16, 64, requires_grad=True)
+    y = se_ext.rescale(x, scale, None, "silu")
+    grad = torch.randn_like(y)
+    steps = (
+        lambda: se_ext.rescale(x, scale, None, "silu"),
+        lambda: torch.autograd.grad(y, (x, scale), grad, retain_graph=True),
+    )
+    for step in steps:
+        assert any(runs_beside(step) for _ in range(5))  # a busy machine may keep this thread waiting
+    numbers = torch.rand(300_000).tolist()
+    assert not all(runs_beside(lambda: sorted(numbers)) for _ in range(5))  # which holds the lock
 
 
 def test_the_number_of_threads_changes_between_forward_and_backward(restore_threads: None) -> None:
