@@ -1,6 +1,7 @@
 // The gradients of a depthwise convolution. The input's is a convolution with the filters turned round. The filters'
-// are sums over all points of the batch: of each group of samples by itself, in the order of the samples, and then of
-// the groups in their order. The groups follow from the batch alone, so the sums do not depend on the threads.
+// are sums over all points of the batch: of some thousand points, one after the other; of these sums in each group of
+// samples, in their order; and then of the groups in theirs. The points and the groups follow from the shape of the
+// batch alone, so the sums do not depend on the threads.
 #include <optional>
 #include <utility>
 
@@ -11,7 +12,8 @@ namespace se_ext {
 namespace cpu {
 namespace {
 
-constexpr std::int64_t kMostGroups = 16;  // of samples
+constexpr std::int64_t kMostGroups = 16;    // of samples
+constexpr std::int64_t kMostPoints = 4096;  // a sum of more, one after the other, loses digits in float32
 
 // Columns of the input's gradient that are `stride` apart meet the same taps: for them it is a convolution of stride 1
 // with these, turned round.
@@ -86,13 +88,16 @@ void add_gradients(const Work& work, const DepthwiseKernels& kernels, const Rows
 }
 
 // The sums that are the gradients of filters and biases, of each group of samples by itself and then of all, in the
-// order of the samples: [groups][blocks][taps + 1][lanes].
+// order of the samples: [groups][blocks][taps + 1][lanes]. A thread sums up a piece, which is some samples or some rows
+// of one, in memory of its own before it adds it to its group's; where a group is one piece, in the group's.
 class GradientSums {
  public:
   GradientSums(const Work& work, const Gradients<3>& to)
       : work_(work),
         to_(to),
         samples_(ceil_div(work.x.samples, kMostGroups)),
+        piece_samples_(std::max<std::int64_t>(1, kMostPoints / std::max<std::int64_t>(1, work.y.slab.points))),
+        piece_rows_(std::max<std::int64_t>(1, kMostPoints / std::max<std::int64_t>(1, work.conv.width.out))),
         in_row_(are_wanted() ? work.conv.in_rows_met() : RowsMet()) {}
 
   bool are_wanted() const { return to_[1].defined() || to_[2].defined(); }
@@ -102,20 +107,41 @@ class GradientSums {
   std::pair<std::int64_t, std::int64_t> group(std::int64_t i) const {
     return {i * samples_, std::min((i + 1) * samples_, work_.x.samples)};
   }
-  std::int64_t scratch_items() const { return are_wanted() ? (groups() + 1) * items() : 0; }
-  static constexpr int kPieces = 2;
-  void use(Scratch& scratch) {
+  std::int64_t scratch_items(int threads) const {
+    return are_wanted() ? (groups() + 1 + (has_pieces() ? threads : 0)) * items() : 0;
+  }
+  static constexpr int kPieces = 3;
+  void use(Scratch& scratch, int threads) {
     if (!are_wanted()) return;
     partial_ = scratch.take(groups() * items());
     total_ = scratch.take(items());
+    piece_ = scratch.take(has_pieces() ? threads * items() : 0);
   }
-  Pointer of(std::int64_t group, std::int64_t block) const {
+  // Where a thread sums up a piece of a block.
+  Pointer piece(int thread, std::int64_t group, std::int64_t block) const {
     Pointer p = partial_;
-    p.base = partial_.at(group * items() + block * block_items());
+    p.base = has_pieces() ? piece_.at(thread * items() + block * block_items()) : of(group, block);
     return p;
   }
-  void clear(std::int64_t group, std::int64_t block, std::int64_t blocks) const {
-    std::memset(of(group, block).base, 0, blocks * block_items() * partial_.item_bytes);
+  void clear(int thread, std::int64_t group, std::int64_t block, std::int64_t blocks) const {
+    const std::int64_t bytes = blocks * block_items() * partial_.item_bytes;
+    std::memset(of(group, block), 0, bytes);
+    if (has_pieces()) std::memset(piece(thread, group, block).base, 0, bytes);
+  }
+  // The end of the piece that a row lies in, as far as it is one of rows.
+  std::int64_t end_of_piece(std::int64_t row) const { return (row / piece_rows_ + 1) * piece_rows_; }
+  // After the rows below `row_end` of a group's i-th sample: adds the piece, if this is its end.
+  void finish(int thread, std::int64_t group, std::int64_t block, std::int64_t blocks, std::int64_t i,
+              std::int64_t row_end) const {
+    if (!has_pieces()) return;
+    const auto [first, last] = this->group(group);
+    const bool is_whole = row_end == work_.conv.out_rows();
+    if (is_whole ? (i + 1) % piece_samples_ != 0 && first + i + 1 < last : row_end % piece_rows_ != 0) return;
+    const Pointer from = piece(thread, group, block);
+    const std::int64_t values = blocks * block_items();
+    const auto& vector = work_.sum_type == DType::Float64 ? kernels().vector_double : kernels().vector_float;
+    vector.add_rows(1, values, from.base, of(group, block));
+    std::memset(from.base, 0, values * from.item_bytes);
   }
   void write() const {
     if (!are_wanted()) return;
@@ -131,14 +157,20 @@ class GradientSums {
   }
 
  private:
+  bool has_pieces() const { return samples_ > piece_samples_ || work_.conv.out_rows() > piece_rows_; }
   std::int64_t block_items() const { return (work_.taps + 1) * work_.lanes; }
+  char* of(std::int64_t group, std::int64_t block) const {
+    return partial_.at(group * items() + block * block_items());
+  }
   std::int64_t items() const { return work_.blocks * block_items(); }
 
   const Work& work_;
   const Gradients<3>& to_;
-  const std::int64_t samples_;  // of a group
+  const std::int64_t samples_;        // of a group
+  const std::int64_t piece_samples_;  // of a piece, where samples are small
+  const std::int64_t piece_rows_;     // of a piece, where they are large
   const RowsMet in_row_;
-  Pointer partial_, total_;
+  Pointer partial_, total_, piece_;
 };
 
 // A thread takes some channels of a group of samples: while a band of its rows is in cache, it serves both gradients.
@@ -162,15 +194,16 @@ void backward_channels_last(const Work& work, int threads, const TurnedConvoluti
       const std::int64_t channel = block * work.lanes;
       const std::int64_t channels = std::min(blocks * work.lanes, work.channels - channel);
       const std::int64_t band = rows_of_band(work, channels, x.data.item_bytes);
-      if (sums.are_wanted()) sums.clear(group, block, blocks);
+      if (sums.are_wanted()) sums.clear(team.rank, group, block, blocks);
       const auto [first, last] = sums.group(group);
       for (std::int64_t n = first; n < last; ++n) {
         const Rows from = rows_of(x, n, channel, conv.width.in), grad = rows_of(g, n, channel, conv.width.out);
-        for (std::int64_t row = 0; row < out_rows; row += band) {
-          const std::int64_t row_end = std::min(row + band, out_rows);
+        for (std::int64_t row = 0, row_end = 0; row < out_rows; row = row_end) {
+          row_end = std::min({row + band, out_rows, sums.end_of_piece(row)});
           if (sums.are_wanted()) {
-            add_gradients(work, work.stored, sums.in_row(), channels, from, grad, row, row_end, sums.of(group, block),
-                          sums.has_bias(), rows_met);
+            add_gradients(work, work.stored, sums.in_row(), channels, from, grad, row, row_end,
+                          sums.piece(team.rank, group, block), sums.has_bias(), rows_met);
+            sums.finish(team.rank, group, block, blocks, n - first, row_end);
           }
           if (!gx) continue;
           const Rows to = rows_of(*gx, n, channel, conv.width.in);
@@ -198,14 +231,18 @@ void backward_channels_first(const Work& work, int threads, const TurnedConvolut
     const auto [begin, end] = team.share(sums.groups() * work.blocks);
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t group = i / work.blocks, block = i % work.blocks;
-      if (sums.are_wanted()) sums.clear(group, block, 1);
+      if (sums.are_wanted()) sums.clear(team.rank, group, block, 1);
       const auto [first, last] = sums.group(group);
       for (std::int64_t n = first; n < last; ++n) {
         for (const Band& band : of_output.all) {
           const Rows& from = x.read(n, block, band.other_begin, band.other_end);
           const Rows& grad = g.read(n, block, band.begin, band.end);
-          add_gradients(work, work.accumulated, sums.in_row(), work.lanes, from, grad, band.begin, band.end,
-                        sums.of(group, block), sums.has_bias(), rows_met);
+          for (std::int64_t row = band.begin, row_end = 0; row < band.end; row = row_end) {
+            row_end = std::min(band.end, sums.end_of_piece(row));
+            add_gradients(work, work.accumulated, sums.in_row(), work.lanes, from, grad, row, row_end,
+                          sums.piece(team.rank, group, block), sums.has_bias(), rows_met);
+            sums.finish(team.rank, group, block, 1, n - first, row_end);
+          }
         }
         if (!gx) continue;
         BlockRows to(work, *gx, conv.width.in, memory[2 * team.rank]);
@@ -241,9 +278,9 @@ void backward(const Work& work, const ops::DepthwiseConv& a, const Gradients<3>&
     x_items = std::max(of_input.most_rows, of_output.most_others) * conv.width.in * work.lanes;
     g_items = std::max(of_input.most_others, of_output.most_rows) * conv.width.out * work.lanes;
   }
-  Scratch scratch(filters.scratch_items() + sums.scratch_items() + threads * (x_items + g_items),
+  Scratch scratch(filters.scratch_items() + sums.scratch_items(threads) + threads * (x_items + g_items),
                   Filters::kPieces + GradientSums::kPieces + 2 * threads, work.x.accumulation_options());
-  sums.use(scratch);
+  sums.use(scratch, threads);
   if (to[0].defined()) filters.prepare(scratch, /*turned=*/true);
   std::optional<FeatureMap> gx;
   if (to[0].defined()) gx.emplace(to[0]);

@@ -117,6 +117,21 @@ def test_maps_in_several_bands(dtype: torch.dtype, channels_last: bool) -> None:
     check(Options((1, C, 6, 31, 40), 1, dtype, None, channels_last, kernel=5))
 
 
+@pytest.mark.cpu_only
+@layouts
+@pytest.mark.parametrize("shape", [(1, 8, 1024, 1024), (1024, 16, 28, 28)], ids=str)
+def test_gradients_that_are_sums_of_many_points(shape: tuple[int, ...], channels_last: bool) -> None:
+    """To eight roundings of float32: of one sum of all points, one after the other, more digits would be wrong."""
+    x, grad = (make_map(shape, channels_last=channels_last) for _ in range(2))
+    leaves = [torch.randn(shape[1], 1, 3, 3, requires_grad=True), torch.randn(shape[1], requires_grad=True)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    x, grad = x.relu_(), grad.add_(0.3)
+    found = torch.autograd.grad(se_ext.depthwise_conv(x, *leaves, padding=1), leaves, grad)
+    y = F.conv2d(x.double(), *wide, padding=1, groups=shape[1])
+    for ours, exact in zip(found, torch.autograd.grad(y, wide, grad.double()), strict=True):
+        assert (ours.double() - exact).abs().max() < 1e-6 * exact.abs().max()
+
+
 @layouts
 def test_arguments_of_any_strides(channels_last: bool) -> None:
     options = Options((3, C, 6, 8), kernel=5, stride=2, channels_last=channels_last)
@@ -169,7 +184,9 @@ def test_float32_filters_get_float32_gradients(kernel: int, dtype: torch.dtype) 
 
 @layouts
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 2), (7, 1)])
-@pytest.mark.parametrize("shape", [(1, 520, 14, 14), (5, 70, 28, 28), (17, 40, 28, 15)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 520, 14, 14), (5, 70, 28, 28), (17, 40, 28, 15), (2, 40, 70, 130), (330, 5, 9, 9)], ids=str
+)
 def test_bits_do_not_depend_on_the_threads(shape, kernel, stride, channels_last, restore_threads) -> None:
     """Output and all gradients. One sample is shared out by channels, many in groups; more threads than groups too."""
     options = Options(shape, kernel=kernel, stride=stride, channels_last=channels_last, requires_grad=True)

@@ -645,8 +645,8 @@ def test_trace_compile_and_export_call_too(network: str, attach: Callable[[Any, 
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_a_hook_added_after_compiling_is_noticed_as_for_torchs_own_modules(guarded: bool) -> None:
-    """By default torch does not guard its modules' hooks; where it does, ours are guarded. Some versions of torch notice
-    a hook of ours by what else is guarded, which is no mistake."""
+    """By default torch does not guard its modules' hooks; where it does, ours are guarded. Some versions of torch
+    notice a hook of ours by what else is guarded, which is no mistake."""
     x = make_map((2, C, 5, 4))
     noticed = []
     for module in (SqueezeExcitation(C, M), Plain()):
