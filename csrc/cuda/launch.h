@@ -180,12 +180,24 @@ struct ClusterExcitation {
   void* hidden;  // [N, M]
   void* scale;   // [N, C]
 };
-// Shared memory of each of `cluster` blocks.
-std::int64_t cluster_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, int cluster);
+// The blocks that work on a sample, and how many lines of its share each of them keeps in shared memory: channels, in
+// ChannelsLast tiles of points. It reads the others again.
+struct Cluster {
+  int blocks;  // 0: no cluster
+  std::int64_t kept;
+};
+// All lines of a share; of the largest, where they differ.
+std::int64_t cluster_lines(DType dtype, const Slab& slab, int blocks);
+// As many lines as have room in so much shared memory of each block.
+std::int64_t cluster_keeps(DType dtype, const Slab& slab, std::int64_t hidden_channels, int blocks,
+                           std::int64_t shared_bytes);
+// Shared memory of each block.
+std::int64_t cluster_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, Cluster cluster);
 // Whether the current device has room for such a cluster; has_prologue says which kernel.
-bool cluster_can_launch(DType dtype, const Slab& slab, std::int64_t hidden_channels, bool has_prologue, int cluster);
+bool cluster_can_launch(DType dtype, const Slab& slab, std::int64_t hidden_channels, bool has_prologue,
+                        Cluster cluster);
 // prologue and drop may be null; a prologue's pre is not the identity.
-cudaError_t write_by_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation,
+cudaError_t write_by_cluster(const Batch& batch, Cluster cluster, const ClusterExcitation& excitation,
                              const RescaleMaps& maps, const Prologue* prologue, const void* drop);
 
 }  // namespace se_ext::cuda

@@ -3,10 +3,11 @@
 
 #include "../params.h"
 #include "device.h"
+#include "launch.h"
 
 namespace se_ext::cuda {
 
-// Cluster: one kernel, each sample's slab on chip from the squeeze to the rescale.
+// Cluster: one kernel, each sample's slab on chip from the squeeze to the rescale, or what has room of it.
 // Chunked: squeeze, excite and rescale on a few samples at a time, so that the rescale finds them in the L2 cache.
 // Whole: the three on the whole batch.
 enum class Path : std::uint8_t { Cluster, Chunked, Whole };
@@ -33,7 +34,7 @@ struct Estimate {
 
 struct Plan {
   Path path;
-  int cluster;         // blocks per sample, where path is Cluster
+  Cluster cluster;     // where path is Cluster
   std::int64_t chunk;  // samples at a time; all of them where path is Whole
 
   // Its path is what se_ext::last_cuda_path() names from here on.

@@ -137,20 +137,18 @@ class Problem:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_path_gives_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
-    check_every_path(shape, dtype, last, cluster_bytes=8 * 200_000)
+    check_every_path(shape, dtype, last)
 
 
-def check_every_path(shape: tuple[int, ...], dtype: torch.dtype, last: bool, cluster_bytes: int) -> None:
-    """The same bits, and right ones; a forced path is taken, but a cluster's where a slab has more than cluster_bytes.
-    The order of the threads is another one each time."""
+def check_every_path(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
+    """The same bits, and right ones; a forced path is taken. The order of the threads is another one each time."""
     problem = Problem(shape, dtype, last, wide=dtype is torch.float16)
     expected = None
     for path in PATHS:
         set_path(path)
         found = problem.inference() + (problem.step() if path != "cluster" else [])
         if path != "auto":
-            took = "whole" if path == "cluster" and problem.x[0].nbytes > cluster_bytes else path
-            assert (problem.took, problem.took_behind_prologue) == (took, took)
+            assert (problem.took, problem.took_behind_prologue) == (path, path)
         if expected is None:
             expected = found
         assert_same_bits(found, expected[: len(found)], f"{path} and {PATHS[0]}")
@@ -168,8 +166,11 @@ def check_every_path(shape: tuple[int, ...], dtype: torch.dtype, last: bool, clu
 @pytest.mark.parametrize(
     ("half", "channels", "points", "samples", "hidden", "path"),
     [
-        (False, 256, 56 * 56, 1, 16, "whole"),  # no cluster holds its slab, and one sample is one chunk
-        (False, 256, 56 * 56, 128, 16, "whole"),  # launches take as long as reading a chunk again
+        (False, 256, 56 * 56, 1, 16, "whole"),  # a cluster holds half of its slab, and one sample is one chunk
+        (False, 256, 56 * 56, 15, 16, "whole"),  # clusters for all multiprocessors but a few
+        (False, 256, 56 * 56, 16, 16, "cluster"),  # what is not kept is read again from the L2 cache
+        (False, 256, 56 * 56, 128, 16, "cluster"),
+        (False, 512, 56 * 56, 128, 32, "whole"),  # where a quarter of it has no room
         (True, 256, 56 * 56, 128, 16, "cluster"),
         (False, 512, 28 * 28, 1, 32, "cluster"),
         (False, 512, 28 * 28, 256, 32, "cluster"),
@@ -252,22 +253,50 @@ print(host.cuda_host_largest_cluster())
 
 def test_room_for_clusters() -> None:
     """A whole GPU, and a part of one whose clusters are of two thread blocks at most: no path fails."""
-    both, neither = ["whole", "whole", "cluster", "cluster"], ["whole"] * 4
-    assert run_with("", EVERY_PATH) == [*(both + both) * 2, "8"]
-    assert run_with("host.cuda_host_set_room(2)", EVERY_PATH) == [*(neither + both) * 2, "2"]
+    both = ["whole", "whole", "cluster", "cluster"]
+    assert run_with("", EVERY_PATH) == [*both * 4, "8"]
+    assert run_with("host.cuda_host_set_room(2)", EVERY_PATH) == [*both * 4, "2"]
 
 
 def test_ptx_of_a_gpu_without_clusters_on_one_that_has_them() -> None:
-    """As a build for 8.0+PTX runs on sm_90: only slabs that fit into one thread block take the cluster's kernel."""
-    both, neither = ["whole", "whole", "cluster", "cluster"], ["whole"] * 4
-    assert run_with("host.cuda_host_set_ptx(80)", EVERY_PATH) == [*(neither + both) * 2, "1"]
+    """As a build for 8.0+PTX runs on sm_90: one thread block works on a sample, and keeps what it can of it."""
+    both = ["whole", "whole", "cluster", "cluster"]
+    assert run_with("host.cuda_host_set_ptx(80)", EVERY_PATH) == [*both * 4, "1"]
+
+
+LITTLE_MEMORY = """
+torch.manual_seed(1)
+for attribute in (81, 97):
+    host.cuda_host_set_attribute(attribute, room + 1024 * (attribute == 81))
+host.cuda_host_set_room(blocks)
+for shape in (*t.SHAPES.values(), *t.LARGE.values()):
+    for dtype in (torch.float32, torch.bfloat16):
+        for last in (False, True):
+            if t.Problem(shape, dtype, last).x[0].nbytes > blocks * room:
+                t.check_every_path(shape, dtype, last)
+                print(shape[2:], dtype, last)
+"""
+
+
+@pytest.mark.parametrize(("blocks", "room"), [(1, 12_000), (2, 14_000)])
+def test_a_part_of_a_slab_is_kept(blocks: int, room: int) -> None:
+    """Of slabs that are larger than the shared memory of a whole cluster: channels, and tiles of points."""
+    assert len(run_with(f"blocks, room = {blocks}, {room}", LITTLE_MEMORY)) > 0
+
+
+def test_vectors_beyond_shared_memory() -> None:
+    """The scales of 40,000 channels alone: no cluster's kernel."""
+    problem = Problem((1, 40_000, 1, 1), torch.float32, False)
+    set_path("cluster")
+    problem.inference()
+    assert (problem.took, problem.took_behind_prologue) == ("whole", "whole")
 
 
 MANY_ROWS = """
 torch.manual_seed(1)
 for name in ("rows across accesses", "half-aligned rows", "odd", "sequence"):
     for dtype in (torch.float32, torch.bfloat16):
-        t.check_every_path(t.SHAPES[name], dtype, False, cluster_bytes=8 * 200_000)
+        t.check_every_path(t.SHAPES[name], dtype, False)
 print("done")
 """
 
@@ -462,7 +491,7 @@ torch.manual_seed(1)
 for shape in test_cuda_host.SHAPES.values():
     for dtype in helpers.DTYPES:
         for last in (False, True):
-            test_cuda_host.check_every_path(shape, dtype, last, cluster_bytes=60_000)
+            test_cuda_host.check_every_path(shape, dtype, last)
 print("done", host.cuda_host_largest_cluster())
 """
 

@@ -1,5 +1,6 @@
 // The whole block of a sample in one kernel: the blocks of a cluster keep the sample's slab in their shared memory from
-// the squeeze to the rescale, so that x is read once. Before sm_90 a cluster is one block.
+// the squeeze to the rescale, so that x is read once. Before sm_90 a cluster is one block. Of a slab that is larger
+// than their memory they keep a part, and read the rest again, which the L2 cache may still have.
 //
 // In both layouts each block keeps some of the channels; it squeezes and rescales them alone, and needs the others' z
 // and h. Sums are taken by the functions that the other paths use, in the same order.
@@ -17,15 +18,16 @@ struct BlockLayer {
   Activation activation;
 };
 
-// What the kernel needs besides the visitors.
+// What the kernel needs besides the visitors. The lines of a share are its channels, in channels_last its tiles.
 template <class A>
 struct BlockWork {
   Tiling tiling;
   std::int64_t channels, hidden_channels, points, first_sample;
   std::int64_t unit;        // the blocks share out the channels in units of so many
+  std::int64_t kept;        // lines of a share, from the first on, that stay in shared memory
   std::int64_t part_bytes;  // of the slab, per block
   BandLayout layout;        // channels_last: over a block's share
-  std::int64_t stage;       // what is copied and then summed at a time: channels, or tiles of points
+  std::int64_t stage;       // lines that are copied and then summed at a time
   Divider by_points;
   BlockLayer first, second;
   bool weights_are_wide;  // in the accumulation type beside half-typed maps
@@ -179,6 +181,13 @@ SE_EXT_DEVICE void push(A* vector, Share share, int rank, int ranks) {
   }
 }
 
+// A visitor that sums what is not kept. It reads far memory directly, by one thread block of a multiprocessor: with
+// more accesses ahead.
+template <class Visitor>
+struct FurtherAhead : Visitor {
+  static constexpr int kAhead = sizeof(typename Visitor::value_type) > 4 ? Visitor::kAhead : 2 * Visitor::kAhead;
+};
+
 enum class Writing { Rows, AcrossRows, Bands };
 
 template <Writing writing, int n, class Squeeze, class Rescale>
@@ -203,29 +212,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   prefetch_rows(w.first, C * weight_bytes, my_hidden);
   prefetch_rows(w.second, M * weight_bytes, mine);
 
-  // In shared memory x begins with this block's share, and the scale is this sample's alone.
+  // Here and in shared memory x begins with this block's share, and the scale is this sample's alone.
   const T* const from =
       squeeze.x + (writing == Writing::Bands ? sample * C * P + mine.begin : (sample * C + mine.begin) * P);
   T* const part = reinterpret_cast<T*>(shared + (reinterpret_cast<std::uintptr_t>(from) & 15));
-  squeeze.x = rescale.x = part;
+  squeeze.x = rescale.x = from;
   rescale.scale = scale;
   rescale.channels = 0;
-  const auto x_of_band = [=](std::int64_t point, std::int64_t channel) { return point * width + channel - mine.begin; };
+  const FurtherAhead<Squeeze> squeeze_rest{squeeze};
+  Squeeze squeeze_kept = squeeze;
+  Rescale rescale_kept = rescale;
+  squeeze_kept.x = rescale_kept.x = part;
+  const std::int64_t lines = writing == Writing::Bands ? tiles : width, kept = smaller(w.kept, lines);
+  const std::int64_t stages = (kept + w.stage - 1) / w.stage;
+  const auto x_of_band = [=](std::int64_t point, std::int64_t channel) { return point * C + channel - mine.begin; };
+  const auto x_of_kept = [=](std::int64_t point, std::int64_t channel) { return point * width + channel - mine.begin; };
 
   if constexpr (writing == Writing::Bands) {
     A* const combine = reinterpret_cast<A*>(shared + at.combine);
     A* const tile_sums = combine + kThreads * n;
     const int wide = w.layout.width * n;
-    const auto load = [&](std::int64_t stage) {
-      const std::int64_t begin = stage * w.stage * w.tiling.extent, end = smaller(begin + w.stage * w.tiling.extent, P);
-      fetch_rows<n>(from + begin * C, end - begin, width, C, part + begin * width);
-    };
-    in_stages((tiles + w.stage - 1) / w.stage, load, [&](std::int64_t stage) {
-      const std::int64_t end = smaller((stage + 1) * w.stage, tiles);
-      for (std::int64_t t = stage * w.stage; t < end; t += w.layout.tiles) {
+    const auto sum_lines = [&](const auto& visitor, std::int64_t begin, std::int64_t end, const auto& index) {
+      for (std::int64_t t = begin; t < end; t += w.layout.tiles) {
         for (std::int64_t first = mine.begin; first < mine.end; first += wide) {
           sum_band<n>(
-              squeeze, sample, first, mine.end, t, w.tiling, w.layout, P, combine, x_of_band,
+              visitor, sample, first, mine.end, t, w.tiling, w.layout, P, combine, index,
               [&](int, int tile, std::int64_t channel, A sum) { tile_sums[tile * wide + channel - first] = sum; });
           // As sum_tiles: a channel is always the same thread's.
           const std::int64_t c = first + thread, left = tiles - t;
@@ -236,23 +247,35 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
           }
         }
       }
-    });
-  } else {
+    };
     const auto load = [&](std::int64_t stage) {
-      const std::int64_t begin = stage * w.stage, end = smaller(begin + w.stage, width);
+      const std::int64_t begin = stage * w.stage, end = smaller(begin + w.stage, kept);
+      const std::int64_t point = begin * w.tiling.extent, end_point = smaller(end * w.tiling.extent, P);
+      fetch_rows<n>(from + point * C, end_point - point, width, C, part + point * width);
+    };
+    in_stages(stages, load, [&](std::int64_t stage) {
+      sum_lines(squeeze_kept, stage * w.stage, smaller((stage + 1) * w.stage, kept), x_of_kept);
+    });
+    sum_lines(squeeze_rest, kept, lines, x_of_band);
+  } else {
+    const auto sum_lines = [&](const auto& visitor, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t start = begin; start < end; start += kThreads / w.tiling.lanes) {
+        const std::int64_t mine_of_start = start + thread / w.tiling.lanes;
+        const std::int64_t line = mine_of_start < end ? mine_of_start : end - 1, channel = mine.begin + line;
+        const A sum = sum_tiles<A>(tiles, [&](std::int64_t t) {
+          return sum_row<n>(visitor, sample, channel, line, t, w.tiling, P / n).part[0][0];
+        });
+        if (mine_of_start < end && (thread & (w.tiling.lanes - 1)) == 0) z[channel] = sum / static_cast<A>(P);
+      }
+    };
+    const auto load = [&](std::int64_t stage) {
+      const std::int64_t begin = stage * w.stage, end = smaller(begin + w.stage, kept);
       fetch(from + begin * P, (end - begin) * P, part + begin * P);
     };
-    in_stages((width + w.stage - 1) / w.stage, load, [&](std::int64_t stage) {
-      const std::int64_t begin = mine.begin + stage * w.stage, end = smaller(begin + w.stage, mine.end);
-      for (std::int64_t start = begin; start < end; start += kThreads / w.tiling.lanes) {
-        const std::int64_t c = start + thread / w.tiling.lanes;
-        const std::int64_t channel = c < end ? c : end - 1;
-        const A sum = sum_tiles<A>(tiles, [&](std::int64_t t) {
-          return sum_row<n>(squeeze, sample, channel, channel - mine.begin, t, w.tiling, P / n).part[0][0];
-        });
-        if (c < end && (thread & (w.tiling.lanes - 1)) == 0) z[channel] = sum / static_cast<A>(P);
-      }
+    in_stages(stages, load, [&](std::int64_t stage) {
+      sum_lines(squeeze_kept, stage * w.stage, smaller((stage + 1) * w.stage, kept));
     });
+    sum_lines(squeeze_rest, kept, lines);
   }
   __syncthreads();
   cluster_wait();  // all blocks have begun: their memory may be written to
@@ -275,22 +298,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   });
   __syncthreads();
 
-  if constexpr (writing == Writing::Rows) {
-    const int lanes = w.tiling.lanes;
-    for (std::int64_t c = mine.begin + thread / lanes; c < mine.end; c += kThreads / lanes) {
-      for (std::int64_t t = 0; t < tiles; ++t) {
-        write_row<n>(rescale, sample, c, sample * C + c, c - mine.begin, t, w.tiling, P / n);
+  const auto write_lines = [&](const Rescale& visitor, std::int64_t begin, std::int64_t end, const auto& index) {
+    if constexpr (writing == Writing::Rows) {
+      const int lanes = w.tiling.lanes;
+      for (std::int64_t line = begin + thread / lanes; line < end; line += kThreads / lanes) {
+        const std::int64_t c = mine.begin + line;
+        for (std::int64_t t = 0; t < tiles; ++t) {
+          write_row<n>(visitor, sample, c, sample * C + c, line, t, w.tiling, P / n);
+        }
+      }
+    } else if constexpr (writing == Writing::AcrossRows) {
+      constexpr int kAccess = kFull<T>;
+      write_across_rows<kAccess>(visitor, sample, -mine.begin * P, (mine.begin + begin) * P / kAccess,
+                                 (mine.begin + end) * P / kAccess, thread, kThreads, C, w.by_points);
+    } else {
+      const std::int64_t point = begin * w.tiling.extent, end_point = smaller(end * w.tiling.extent, P);
+      for (std::int64_t first = mine.begin; first < mine.end; first += w.layout.width * n) {
+        write_band<n>(visitor, sample, first, mine.end, point, end_point, w.layout, C, P, index);
       }
     }
-  } else if constexpr (writing == Writing::AcrossRows) {
-    constexpr int kAccess = kFull<T>;
-    write_across_rows<kAccess>(rescale, sample, -mine.begin * P, mine.begin * P / kAccess, mine.end * P / kAccess,
-                               thread, kThreads, C, w.by_points);
-  } else {
-    for (std::int64_t first = mine.begin; first < mine.end; first += w.layout.width * n) {
-      write_band<n>(rescale, sample, first, mine.end, 0, P, w.layout, C, P, x_of_band);
-    }
-  }
+  };
+  write_lines(rescale, kept, lines, x_of_band);  // what was read last is in the cache
+  write_lines(rescale_kept, 0, kept, x_of_kept);
 }
 
 // Channels whose values begin at a multiple of 16 bytes, where there are such.
@@ -305,11 +334,6 @@ std::int64_t most_channels(const Slab& slab, DType type, int cluster) {
   return divide_up(slab.channels / unit, cluster) * unit;
 }
 
-std::int64_t part_bytes_of(DType type, const Slab& slab, int cluster) {
-  const std::int64_t items = most_channels(slab, type, cluster) * slab.points;
-  return divide_up(items * size_of(type) + 15, 16) * 16;  // from any offset
-}
-
 BandLayout layout_of(DType type, const Slab& slab, int cluster) {
   const Tiling tiling = Tiling::of(slab, type);
   return slab.layout == Layout::ChannelsLast
@@ -317,11 +341,19 @@ BandLayout layout_of(DType type, const Slab& slab, int cluster) {
              : BandLayout{};
 }
 
+std::int64_t part_bytes_of(DType type, const Slab& slab, Cluster cluster) {
+  const std::int64_t channels = most_channels(slab, type, cluster.blocks);
+  const std::int64_t items = slab.layout == Layout::ChannelsLast
+                                 ? std::min(cluster.kept * Tiling::of(slab, type).extent, slab.points) * channels
+                                 : std::min(cluster.kept, channels) * slab.points;
+  return divide_up(items * size_of(type) + 15, 16) * 16;  // from any offset
+}
+
 template <class A>
-SharedPlan<A> shared_plan(DType type, const Slab& slab, std::int64_t hidden_channels, int cluster) {
+SharedPlan<A> shared_plan(DType type, const Slab& slab, std::int64_t hidden_channels, Cluster cluster) {
   const bool in_bands = slab.layout == Layout::ChannelsLast;
   return {part_bytes_of(type, slab, cluster), slab.channels, hidden_channels,
-          in_bands ? items_to_combine(layout_of(type, slab, cluster)) * Tiling::of(slab, type).access : 0};
+          in_bands ? items_to_combine(layout_of(type, slab, cluster.blocks)) * Tiling::of(slab, type).access : 0};
 }
 
 // Whole turns of the sums' loop, whose copies begin at multiples of 16 bytes from the start of the share.
@@ -347,8 +379,8 @@ auto with_kernel(const Slab& slab, DType type, const F& f) {
 }
 
 template <class Squeeze, class Rescale>
-cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation, const Squeeze& squeeze,
-                           const Rescale& rescale) {
+cudaError_t launch_cluster(const Batch& batch, Cluster cluster, const ClusterExcitation& excitation,
+                           const Squeeze& squeeze, const Rescale& rescale) {
   using A = acc_t<typename Squeeze::value_type>;
   const auto layer = [](const Layer& l) {
     const DotPlan plan(l.columns, l.type);
@@ -360,9 +392,10 @@ cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitat
                           batch.slab.points,
                           batch.first,
                           unit_of(batch.slab, batch.dtype),
+                          cluster.kept,
                           part_bytes_of(batch.dtype, batch.slab, cluster),
-                          layout_of(batch.dtype, batch.slab, cluster),
-                          stage_of(batch.dtype, batch.slab, cluster),
+                          layout_of(batch.dtype, batch.slab, cluster.blocks),
+                          stage_of(batch.dtype, batch.slab, cluster.blocks),
                           Divider(batch.slab.points),
                           layer(excitation.first),
                           layer(excitation.second),
@@ -373,15 +406,15 @@ cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitat
   const std::int64_t shared = shared_plan<A>(batch.dtype, batch.slab, excitation.first.rows, cluster).bytes;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster.blocks);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(batch.samples * cluster));
+  config.gridDim = dim3(static_cast<unsigned>(batch.samples * cluster.blocks));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.stream = batch.stream;
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.numAttrs = cluster.blocks > 1 ? 1 : 0;
   return with_kernel<Squeeze, Rescale>(batch.slab, batch.dtype, [&](auto kernel) {
     const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
     return error != cudaSuccess ? error : cudaLaunchKernelEx(&config, kernel, squeeze, rescale, work);
@@ -390,13 +423,29 @@ cudaError_t launch_cluster(const Batch& batch, int cluster, const ClusterExcitat
 
 }  // namespace
 
-std::int64_t cluster_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, int cluster) {
+std::int64_t cluster_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, Cluster cluster) {
   return dtype == DType::Float64 ? shared_plan<double>(dtype, slab, hidden_channels, cluster).bytes
                                  : shared_plan<float>(dtype, slab, hidden_channels, cluster).bytes;
 }
 
-bool cluster_can_launch(DType dtype, const Slab& slab, std::int64_t hidden_channels, bool has_prologue, int cluster) {
-  const ClusterShape shape{cluster, kThreads, cluster_shared_bytes(dtype, slab, hidden_channels, cluster)};
+std::int64_t cluster_lines(DType dtype, const Slab& slab, int blocks) {
+  return slab.layout == Layout::ChannelsLast ? Tiling::of(slab, dtype).tiles : most_channels(slab, dtype, blocks);
+}
+
+std::int64_t cluster_keeps(DType dtype, const Slab& slab, std::int64_t hidden_channels, int blocks,
+                           std::int64_t shared_bytes) {
+  const bool in_bands = slab.layout == Layout::ChannelsLast;
+  const std::int64_t values =
+      in_bands ? Tiling::of(slab, dtype).extent * most_channels(slab, dtype, blocks) : slab.points;
+  const std::int64_t step = in_bands ? layout_of(dtype, slab, blocks).tiles : unit_of(slab, dtype);
+  const std::int64_t room = shared_bytes - 16 - cluster_shared_bytes(dtype, slab, hidden_channels, {blocks, 0});
+  const std::int64_t lines = std::max<std::int64_t>(0, room / (values * size_of(dtype)));
+  return std::min(lines / step * step, cluster_lines(dtype, slab, blocks));
+}
+
+bool cluster_can_launch(DType dtype, const Slab& slab, std::int64_t hidden_channels, bool has_prologue,
+                        Cluster cluster) {
+  const ClusterShape shape{cluster.blocks, kThreads, cluster_shared_bytes(dtype, slab, hidden_channels, cluster)};
   const auto ask = [&](auto kernel) { return can_launch(reinterpret_cast<const void*>(kernel), shape); };
   return with_type(dtype, [&]<class T>(T) {
     return has_prologue ? with_kernel<SumPrologue<T>, WritePrologueRescale<T, Any, Any>>(slab, dtype, ask)
@@ -404,8 +453,8 @@ bool cluster_can_launch(DType dtype, const Slab& slab, std::int64_t hidden_chann
   });
 }
 
-cudaError_t write_by_cluster(const Batch& batch, int cluster, const ClusterExcitation& excitation, const RescaleMaps& m,
-                             const Prologue* prologue, const void* drop) {
+cudaError_t write_by_cluster(const Batch& batch, Cluster cluster, const ClusterExcitation& excitation,
+                             const RescaleMaps& m, const Prologue* prologue, const void* drop) {
   if (batch.samples == 0 || batch.slab.channels == 0 || batch.slab.points == 0) return cudaSuccess;
   return with_type(batch.dtype, [&]<class T>(T) {
     using A = acc_t<T>;
