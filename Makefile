@@ -48,7 +48,7 @@ cuda-check: $(BUILD)  ## the CUDA build without a GPU: compiled, linked, and wha
 
 cuda-host: $(BUILD)  ## the CUDA kernels compiled for the CPU, and their tests
 	$(BIN)/python tests/cuda_host/build.py --self-test
-	$(BIN)/python tests/cuda_host/emulate.py --sanitize $(SANITIZE) $(or $(ARGS),tests/cuda/test_cuda_host.py)
+	$(BIN)/python tests/cuda_host/emulate.py --sanitize $(SANITIZE) -n $(WORKERS) --dist worksteal $(or $(ARGS),tests/cuda/test_cuda_host.py)
 
 sanitize: $(BUILD)  ## the ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	$(BIN)/python tests/sanitize/sanitize.py -n $(WORKERS) --dist worksteal $(ARGS)

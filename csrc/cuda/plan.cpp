@@ -81,7 +81,7 @@ double bytes_read_again(const Work& w, Cluster cluster) {
 // those that run at a time read again.
 bool is_worth(const Work& w, const Device& d, Cluster part) {
   if (part.blocks == 0) return false;
-  const std::int64_t at_a_time = d.multiprocessors / part.blocks;
+  const std::int64_t at_a_time = std::max(1, d.multiprocessors / part.blocks);
   return w.samples >= at_a_time &&
          static_cast<double>(at_a_time) * bytes_read_again(w, part) <= static_cast<double>(d.l2_bytes) / 2;
 }
