@@ -35,7 +35,12 @@ NOT_THESE = [
     # Reads beyond a tensor on purpose, and expects the signal itself.
     "--deselect=tests/kernels/test_depthwise.py::test_nothing_is_read_beyond_a_tensor",
 ]
-SHORT = ["kernels/test_values.py", "kernels/test_shapes.py", "kernels/test_depthwise.py"]
+SHORT = [
+    "kernels/test_values.py",
+    "kernels/test_shapes.py",
+    "kernels/test_depthwise.py",
+    *(f"kernels/test_precision.py::test_accuracy_of_{what}" for what in ("activations", "slopes", "gates")),
+]
 
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", f"--rootdir={ROOT}"]
 PYTEST += ["-p", "require_sanitizer"]

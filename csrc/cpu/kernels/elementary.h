@@ -70,8 +70,9 @@ SE_EXT_INLINE vfloat one_plus_exp_minus(vfloat x, vfloat beyond) {
   const vfloat middle = 0x1.5557b0p-3f * r + 0x1.fffdfcp-2f;
   const vfloat high = 0x1.106250p-7f * r + 0x1.572a64p-5f;
   const vfloat p = (high * r2 + middle) * r2 + (r + 1.0f);
-  // Adding k to the exponent multiplies by 2^k; what stands above k in `shifted` falls off.
-  const vfloat e = bit_cast<vfloat>(bit_cast<vint32>(p) + (bit_cast<vint32>(shifted) << K::kMantissa));
+  // Adding k to the exponent multiplies by 2^k; what stands above k in `shifted` falls off. Unsigned, because the sum
+  // passes 2^31 where `beyond` is taken.
+  const vfloat e = bit_cast<vfloat>(bit_cast<vuint32>(p) + (bit_cast<vuint32>(shifted) << K::kMantissa));
   return 1 + (x >= -88.72283f ? e : beyond);
 }
 
