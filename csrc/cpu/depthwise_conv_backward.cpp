@@ -12,8 +12,7 @@ namespace se_ext {
 namespace cpu {
 namespace {
 
-constexpr std::int64_t kMostGroups = 16;    // of samples
-constexpr std::int64_t kMostPoints = 4096;  // a sum of more, one after the other, loses digits in float32
+constexpr std::int64_t kMostGroups = 16;  // of samples
 
 // Columns of the input's gradient that are `stride` apart meet the same taps: for them it is a convolution of stride 1
 // with these, turned round.
@@ -96,8 +95,8 @@ class GradientSums {
       : work_(work),
         to_(to),
         samples_(ceil_div(work.x.samples, kMostGroups)),
-        piece_samples_(std::max<std::int64_t>(1, kMostPoints / std::max<std::int64_t>(1, work.y.slab.points))),
-        piece_rows_(std::max<std::int64_t>(1, kMostPoints / std::max<std::int64_t>(1, work.conv.width.out))),
+        piece_samples_(std::max<std::int64_t>(1, kMostSummed / std::max<std::int64_t>(1, work.y.slab.points))),
+        piece_rows_(std::max<std::int64_t>(1, kMostSummed / std::max<std::int64_t>(1, work.conv.width.out))),
         in_row_(are_wanted() ? work.conv.in_rows_met() : RowsMet()) {}
 
   bool are_wanted() const { return to_[1].defined() || to_[2].defined(); }

@@ -11,14 +11,16 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Points that a float32 sum takes one after the other: more would lose digits.
+inline constexpr std::int64_t kMostSummed = 4096;
+
 // A slab's tiles. Their size depends on the slab and its dtype alone, never on threads or batch, so that partial sums
 // over tiles are always combined in the same order.
 struct Tiling {
   static constexpr std::int64_t kTileBytes = 32 * 1024;
   static constexpr std::int64_t kAligned = 32;    // channels, so that tiles start where a register does if slabs do
   static constexpr std::int64_t kFewPoints = 16;  // a tile's row of partial sums is small beside the tile
-  static constexpr std::int64_t kMostTiles = 64;  // as far as kMostPoints allows
-  static constexpr std::int64_t kMostPoints = 4 * 1024;  // a sum of more, one after the other, loses digits in float32
+  static constexpr std::int64_t kMostTiles = 64;  // as far as kMostSummed allows
 
   std::int64_t extent;  // channels or points per tile
   std::int64_t total;   // channels or points in all
@@ -32,7 +34,7 @@ struct Tiling {
     if (channels_first) {
       if (extent > kAligned) extent -= extent % kAligned;
     } else {
-      extent = std::min(std::max({extent, kFewPoints, total / kMostTiles}), kMostPoints);
+      extent = std::min(std::max({extent, kFewPoints, total / kMostTiles}), kMostSummed);
     }
     count = ceil_div(total, extent);
   }

@@ -43,6 +43,17 @@ EXPORTED int cuda_host_plan(bool is_half, bool is_last, long channels, long poin
       Plan::of(work_of(is_half, is_last, channels, points, samples, hidden), current_device()).path);
 }
 
+// Of the cluster that an inference would take: its blocks, the lines of a share that each keeps, and all of them.
+EXPORTED void cuda_host_cluster(bool is_half, bool is_last, long channels, long points, long samples, long hidden,
+                                long* of_cluster) {
+  using namespace se_ext::cuda;
+  const Work work = work_of(is_half, is_last, channels, points, samples, hidden);
+  const Cluster cluster = Plan::of(work, current_device()).cluster;
+  of_cluster[0] = cluster.blocks;
+  of_cluster[1] = cluster.kept;
+  of_cluster[2] = cluster_lines(work.dtype, work.slab, cluster.blocks);
+}
+
 // The µs that the plan expects of each path, in this order.
 EXPORTED void cuda_host_estimate(bool is_half, bool is_last, long channels, long points, long samples, long hidden,
                                  double* us) {
