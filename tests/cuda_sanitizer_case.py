@@ -92,10 +92,13 @@ def run(given: dict[str, Tensor]) -> list[Tensor]:
 
 
 def takes_its_path(given: dict[str, Tensor], path: str) -> bool:
-    """Whether an inference took the path that was forced; all shapes here fit into any."""
-    with torch.no_grad():
-        se_ext.squeeze_excite(given["x"], *(given[name] for name in ("w1", "b1", "w2", "b2")))
-    return path in ("auto", _C.last_cuda_path())
+    """Whether the block and its backward took the path that was forced; all shapes here fit into any."""
+    x = given["x"].detach().requires_grad_()
+    y = se_ext.squeeze_excite(x, *(given[name] for name in ("w1", "b1", "w2", "b2")))
+    taken = {_C.last_cuda_path()}
+    torch.autograd.grad(y, x, given["grad"])
+    taken.add(_C.last_cuda_path())
+    return path == "auto" or taken == {path}
 
 
 def main(paths: list[str]) -> int:

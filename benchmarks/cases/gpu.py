@@ -126,7 +126,8 @@ class MemoryCase(AsideCase):
 
 @dataclass(frozen=True)
 class PathsCase(AsideCase):
-    """The inference of a plain case on every path of the CUDA kernels, beside the path that they choose."""
+    """A case of the block alone on every path of the CUDA kernels, beside the path that they choose; in training the
+    path of the backward, which is forced on the forward too."""
 
     into = kind = "paths"
 
@@ -231,10 +232,10 @@ def cases(
 def predicted_cases(text: str, layouts: Sequence[str]) -> list[GpuCase]:
     """Those whose times the choice of the path was reasoned from."""
     workloads = [w for w in read_workloads()[0] if w.name in PREDICTED and w.matches(text)]
-    grid = itertools.product(workloads, ("float32", "bfloat16"), layouts)
+    grid = itertools.product(("inference", "train"), workloads, ("float32", "bfloat16"), layouts)
     return [
-        GpuCase(LARGE, SE, "inference", w, layout, dtype, PREDICTED[w.name], warm=False, compiled=False)
-        for w, dtype, layout in grid
+        GpuCase(LARGE, SE, mode, w, layout, dtype, PREDICTED[w.name], warm=False, compiled=False)
+        for mode, w, dtype, layout in grid
     ]
 
 
@@ -420,27 +421,29 @@ def measure_paths(case: GpuCase, device: torch.device, plan: Plan) -> dict[str, 
     ring = [problem.x, *(_twin(problem.x) for _ in range(calls - 1))]
     taken: dict[str, str] = {}
     timed: dict[str, Step] = {}
-    expected: Tensor | None = None
+    expected: dict[str, Tensor] | None = None
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(case.mode == "inference"):
             module = build(summary.OURS, problem)
+            steps = [tails.make_step(module, case.mode, (x,), problem.grad_output) for x in ring]
             for path in (AUTO, *PATHS):
                 _C.set_cuda_path(path)
-                found = module(problem.x)
+                found = steps[0]()
                 taken[path] = _C.last_cuda_path()
                 if path not in (AUTO, taken[path]):
                     continue
                 expected = found if expected is None else expected
-                if not torch.equal(found, expected):
-                    raise WrongResult(f"{case}: the path {path} gives another result than {taken[AUTO]}")
-                timed[path] = as_one_step([functools.partial(module, x) for x in ring], True, device)
+                for name, t in found.items():
+                    if not torch.equal(t, expected[name]):
+                        raise WrongResult(f"{case}: the path {path} gives another {name} than {taken[AUTO]}")
+                timed[path] = as_one_step(steps, True, device)
             samples = interleave(timed, plan, torch.cuda.synchronize if device.type == "cuda" else do_nothing)
     finally:
         _C.set_cuda_path(AUTO)
     times = {path: summary.spread([t / calls for t in found.time_us]) for path, found in samples.items()}
     return {
-        **{"name": case.workload.name, "layout": case.layout, "dtype": case.dtype, "batch": case.batch},
-        **{"bytes_x": problem.bytes_x, "calls_per_step": calls, "chosen": taken[AUTO]},
+        **{"name": case.workload.name, "mode": case.mode, "layout": case.layout, "dtype": case.dtype},
+        **{"batch": case.batch, "bytes_x": problem.bytes_x, "calls_per_step": calls, "chosen": taken[AUTO]},
         "time_us": {path: times.get(path) for path in (AUTO, *PATHS)},
     }
 

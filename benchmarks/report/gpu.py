@@ -105,15 +105,16 @@ def paths_table(rows: Sequence[Row]) -> str | None:
     paths = ("auto", "cluster", "chunked", "whole")
     lines = [
         [
-            *(row[key] for key in ("name", "layout", "dtype", "batch", "chosen")),
+            *(row["name"], MODES[row["mode"]]),
+            *(row[key] for key in ("layout", "dtype", "batch", "chosen")),
             *(number(time and time["median"], 1) for time in (row["time_us"][path] for path in paths)),
             "yes" if row["time_us"][row["chosen"]]["median"] == _fastest(row) else "**no**",
         ]
         for row in rows
     ]
-    title = "SE forward on every path, in µs per call, and whether the kernels choose the fastest:"
-    head = ["block", "layout", "dtype", "batch", "chosen", *(f"{path} µs" for path in paths), "the fastest"]
-    return f"{title}\n\n{table(head, lines, 'lllrl')}" if lines else None
+    title = "The SE block on every path, in µs per call, and whether the kernels choose the fastest:"
+    head = ["block", "what", "layout", "dtype", "batch", "chosen", *(f"{path} µs" for path in paths), "the fastest"]
+    return f"{title}\n\n{table(head, lines, 'llllrl')}" if lines else None
 
 
 def _fastest(row: Row) -> float:

@@ -38,8 +38,8 @@ void Backend<Cuda>::bn_squeeze_excite(const ops::BnSqueezeExcite& a, const ops::
   const Prologue prologue{a_at, b_at, activations.pre};
   const RescaleMaps rescale{data(x.tensor), scale, data(r), writable(out.tensor), activations.post};
   Work work = e.work(x, 1, maps - 1);
-  work.can_cluster = work.can_chunk = !is_identity;
-  work.has_prologue = true;
+  work.can_chunk = !is_identity;
+  if (!is_identity) work.cluster_op = ClusterOp::ForwardBehindPrologue;
   const Plan plan = Plan::of(work, current_device());
   if (plan.path == Path::Cluster) {
     const ClusterExcitation excitation{e.first(), e.second(), z, hidden, scale};
@@ -112,7 +112,6 @@ void Backend<Cuda>::bn_squeeze_excite_backward(const ops::BnSqueezeExciteBackwar
   const ScaleGradient scale_sums{sums.sums, data(scale), data(drop), grad_t, e.gate(), !is_identity};
   Work work = e.work(x, read, written);
   work.can_chunk = !batch_statistics;
-  work.has_prologue = true;
   const Plan plan = Plan::of(work, current_device());
   for_each_chunk(batch, plan.chunk, [&](const Batch& part) {
     C10_CUDA_CHECK(sum_prologue_backward(part, prologue, maps, sums));

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "cluster_layout.h"
 
 namespace se_ext::cuda {
 
@@ -171,33 +172,32 @@ struct BatchBackward {
 cudaError_t batch_backward(const Normalization& norm, bool is_double, const BatchBackward& vectors,
                            cudaStream_t stream);
 
-// ---- the whole block of one sample in one cluster ----
+// ---- a sample in one cluster: both passes over its map, and the excitation between them ----
 
-// Its two layers, and where their vectors go; null: not wanted.
+// Whether the current device has room for such a cluster of the task's kernel.
+bool forward_can_launch(const ClusterTask& task, Cluster cluster);
+bool backward_can_launch(const ClusterTask& task, Cluster cluster);
+
+// The whole block. Where its vectors go; null: not wanted.
 struct ClusterExcitation {
   Layer first, second;
   void* z;       // [N, C]
   void* hidden;  // [N, M]
   void* scale;   // [N, C]
 };
-// The blocks that work on a sample, and how many lines of its share each of them keeps in shared memory: channels, in
-// ChannelsLast tiles of points. It reads the others again.
-struct Cluster {
-  int blocks;  // 0: no cluster
-  std::int64_t kept;
-};
-// All lines of a share; of the largest, where they differ.
-std::int64_t cluster_lines(DType dtype, const Slab& slab, int blocks);
-// As many lines as have room in so much shared memory of each block.
-std::int64_t cluster_keeps(DType dtype, const Slab& slab, std::int64_t hidden_channels, int blocks,
-                           std::int64_t shared_bytes);
-// Shared memory of each block.
-std::int64_t cluster_shared_bytes(DType dtype, const Slab& slab, std::int64_t hidden_channels, Cluster cluster);
-// Whether the current device has room for such a cluster; has_prologue says which kernel.
-bool cluster_can_launch(DType dtype, const Slab& slab, std::int64_t hidden_channels, bool has_prologue,
-                        Cluster cluster);
 // prologue and drop may be null; a prologue's pre is not the identity.
 cudaError_t write_by_cluster(const Batch& batch, Cluster cluster, const ClusterExcitation& excitation,
                              const RescaleMaps& maps, const Prologue* prologue, const void* drop);
+
+// Its backward, but for the gradients of the weights: what they are made of.
+struct ClusterExcitationBackward {
+  Layer first, second;
+  const void* hidden;  // [N, M]
+  void* grad_t;        // [N, C]
+  void* activated;     // [N, M]
+  void* grad_hidden;   // [N, M]
+};
+cudaError_t write_backward_by_cluster(const Batch& batch, Cluster cluster, const ClusterExcitationBackward& excitation,
+                                      const RescaleBackward& maps);
 
 }  // namespace se_ext::cuda

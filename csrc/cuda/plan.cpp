@@ -18,8 +18,12 @@ std::atomic<int> taken{0};  // 0: none yet
 
 constexpr Cluster kNone{0, 0};
 
-bool can_launch(const Work& w, Cluster cluster) {
-  return cluster_can_launch(w.dtype, w.slab, w.hidden_channels, w.has_prologue, cluster);
+ClusterTask task_of(const Work& w) {
+  return {*w.cluster_op, w.dtype, w.slab, w.hidden_channels, w.maps_read_twice};
+}
+
+bool can_launch(const ClusterTask& task, Cluster cluster) {
+  return task.op == ClusterOp::Backward ? backward_can_launch(task, cluster) : forward_can_launch(task, cluster);
 }
 
 int most_blocks(const Work& w) {
@@ -27,23 +31,29 @@ int most_blocks(const Work& w) {
   return static_cast<int>(std::min<std::int64_t>(8, divide_up(w.slab.channels, full_access(w.dtype))));
 }
 
+// How many blocks of the cluster a multiprocessor has room for.
+int per_multiprocessor(const ClusterTask& task, Cluster cluster, const Device& d) {
+  const std::int64_t bytes = ClusterLayout::of(task, cluster).bytes;
+  if (bytes > d.shared_per_block) return 0;
+  const int have_room = static_cast<int>(d.shared_per_multiprocessor / (bytes + d.shared_reserved));
+  return std::min(most_per_multiprocessor(task.op, size_of(task.dtype)), have_room);
+}
+
 // The smallest cluster whose blocks fit twice on a multiprocessor, so that one loads while the other computes or
 // writes; failing that, once; failing that, none. It is doubled while the whole batch leaves multiprocessors idle. The
 // driver has the last word on every size.
 Cluster cluster_of(const Work& w, const Device& d) {
+  const ClusterTask task = task_of(w);
   const int most = most_blocks(w);
-  const auto keeps_all = [&](int blocks) { return Cluster{blocks, cluster_lines(w.dtype, w.slab, blocks)}; };
-  const auto fits = [&](int blocks, int per_multiprocessor) {
-    const std::int64_t bytes = cluster_shared_bytes(w.dtype, w.slab, w.hidden_channels, keeps_all(blocks));
-    return bytes <= d.shared_per_block &&
-           per_multiprocessor * (bytes + d.shared_reserved) <= d.shared_per_multiprocessor &&
-           can_launch(w, keeps_all(blocks));
+  const auto keeps_all = [&](int blocks) { return Cluster{blocks, ClusterLayout::of(task, {blocks, 0}).lines}; };
+  const auto fits = [&](int blocks, int times) {
+    return per_multiprocessor(task, keeps_all(blocks), d) >= times && can_launch(task, keeps_all(blocks));
   };
-  for (const int per_multiprocessor : {kBlocksPerMultiprocessor, 1}) {
+  for (const int times : {2, 1}) {
     for (int blocks = 1; blocks <= most; blocks *= 2) {
-      if (!fits(blocks, per_multiprocessor)) continue;
+      if (!fits(blocks, times)) continue;
       while (2 * blocks <= most && w.samples * 2 * blocks <= d.multiprocessors &&
-             can_launch(w, keeps_all(2 * blocks))) {
+             can_launch(task, keeps_all(2 * blocks))) {
         blocks *= 2;
       }
       return keeps_all(blocks);
@@ -54,12 +64,13 @@ Cluster cluster_of(const Work& w, const Device& d) {
 
 // Of a slab that no cluster holds, as much as the largest one does: a block has a multiprocessor for itself.
 Cluster cluster_of_part(const Work& w, const Device& d) {
+  const ClusterTask task = task_of(w);
   const std::int64_t room = std::min(d.shared_per_block, d.shared_per_multiprocessor - d.shared_reserved);
   int blocks = 8;
   while (blocks > most_blocks(w)) blocks /= 2;
   for (; blocks > 0; blocks /= 2) {
-    const Cluster part{blocks, cluster_keeps(w.dtype, w.slab, w.hidden_channels, blocks, room)};
-    if (cluster_shared_bytes(w.dtype, w.slab, w.hidden_channels, part) <= room && can_launch(w, part)) return part;
+    const Cluster part{blocks, cluster_keeps(task, blocks, room)};
+    if (per_multiprocessor(task, part, d) > 0 && can_launch(task, part)) return part;
   }
   return kNone;
 }
@@ -71,10 +82,11 @@ std::int64_t slab_bytes(const Work& w) {
   return std::max<std::int64_t>(1, w.slab.channels * w.slab.points * size_of(w.dtype));
 }
 
-// Of a slab, what the cluster reads a second time.
+// Of a sample, what the cluster reads a second time.
 double bytes_read_again(const Work& w, Cluster cluster) {
-  const std::int64_t lines = cluster_lines(w.dtype, w.slab, cluster.blocks);
-  return static_cast<double>(slab_bytes(w)) * static_cast<double>(lines - cluster.kept) / static_cast<double>(lines);
+  const std::int64_t lines = ClusterLayout::of(task_of(w), cluster).lines;
+  return static_cast<double>(slab_bytes(w) * w.maps_read_twice) * static_cast<double>(lines - cluster.kept) /
+         static_cast<double>(lines);
 }
 
 // A part is worth keeping where there are clusters for all multiprocessors, and half of the L2 cache has room for what
@@ -94,17 +106,28 @@ std::int64_t chunk_of(const Work& w, const Device& d) {
 
 // whenever_possible: also where it is not worth it.
 Cluster cluster_for(const Work& w, const Device& d, bool whenever_possible) {
-  if (!w.can_cluster || w.samples == 0 || w.slab.points == 0) return kNone;
+  if (!w.cluster_op || w.samples == 0 || w.slab.points == 0) return kNone;
   const Cluster whole = cluster_of(w, d);
   if (whole.blocks > 0) return whole;
   const Cluster part = cluster_of_part(w, d);
   return whenever_possible || is_worth(w, d, part) ? part : kNone;
 }
 
+// Of the excitation in a cluster: two barriers, and two products that wait for the L2 cache.
+constexpr double kExciteUs = 2;
+
+// While it runs its cluster neither reads nor writes. Other clusters do where a multiprocessor has two blocks, once the
+// first ones have begun.
+double excitations_us(const Work& w, const Device& d, Cluster cluster) {
+  if (per_multiprocessor(task_of(w), cluster, d) > 1) return kExciteUs;
+  const std::int64_t at_a_time = std::max(1, d.multiprocessors / cluster.blocks);
+  return kExciteUs * static_cast<double>(divide_up(w.samples, at_a_time));
+}
+
 // Far memory moves bytes_per_us, the L2 cache two and a half times as much; a launch costs 1.5, which small maps feel.
 // S is the slab's bytes, W the weights', N the samples; 4 kernels:
 //   Cluster   1.5 + N · S · (read twice + once) / far + N · W / L2             every sample reads the weights again
-//             + N · (what is not kept of S) / L2
+//             + N · (what is not kept of S · read twice) / L2 + excitations
 //   Whole     6 + N · S · (2 · read twice + once) / far + (N / 4) · W / L2     the second reading from L2 if all fits
 //   Chunked   6 per chunk + N · S · ((read twice + once) / far + read twice / L2) + …
 // So Cluster gives way where the weights outweigh the slab (2 · C · M against C · P, the 7×7 stages), and Chunked is
@@ -121,7 +144,8 @@ Estimate estimate(const Work& w, const Device& d, Cluster cluster, std::int64_t 
   const double chunks = static_cast<double>(divide_up(w.samples, std::max<std::int64_t>(1, chunk)));
   Estimate e{kNever, kNever, kKernels * kLaunch + once + again + weights / kSamplesPerWeight};
   if (cluster.blocks > 0) {
-    e.cluster_us = kLaunch + once + weights + static_cast<double>(w.samples) * bytes_read_again(w, cluster) / near;
+    e.cluster_us = kLaunch + once + weights + static_cast<double>(w.samples) * bytes_read_again(w, cluster) / near +
+                   excitations_us(w, d, cluster);
   }
   if (w.can_chunk && chunk < w.samples) {
     e.chunked_us = chunks * kKernels * kLaunch + once + maps * w.maps_read_twice / near + weights / kSamplesPerWeight;

@@ -16,7 +16,7 @@ void Backend<Cuda>::squeeze_excite(const ops::SqueezeExcite& a, const ops::Activ
   const int maps = r.defined() ? 3 : 2;
   const Batch batch = batch_of(x, is_streaming(x, maps));
   Work work = e.work(x, 1, maps - 1);
-  work.can_cluster = true;
+  work.cluster_op = ClusterOp::Forward;
   const Plan plan = Plan::of(work, current_device());
   RescaleMaps rescale{data(x.tensor), nullptr, data(r), writable(out.tensor), activations.post};
   if (plan.path == Path::Cluster) {
@@ -58,25 +58,33 @@ void Backend<Cuda>::squeeze_excite_backward(const ops::SqueezeExciteBackward& a,
 
   const int read = saved.defined() ? 3 : 2, written = grad_input.defined() + grad_residual.defined();
   const Batch batch = batch_of(x, is_streaming(x, read + written));
-  const std::int64_t partials = partial_items(batch, N, 1);
-  Scratch scratch(partials + 2 * N * M + 3 * N * C, 6, x.accumulation_options());
-  const Sums sums{scratch.take(N * C), scratch.take(partials), 1};
+  Work work = e.work(x, read, written);
+  if (written > 0) work.cluster_op = ClusterOp::Backward;
+  const Plan plan = Plan::of(work, current_device());
+  const bool by_cluster = plan.path == Path::Cluster;
+  const std::int64_t partials = by_cluster ? 0 : partial_items(batch, N, 1), passing = by_cluster ? 0 : N * C;
+  Scratch scratch(partials + 2 * N * M + N * C + 2 * passing, 6, x.accumulation_options());
+  const Sums sums{scratch.take(passing), scratch.take(partials), 1};
+  void* const grad_z = scratch.take(passing);
   void* const grad_t = scratch.take(N * C);
-  void* const grad_z = scratch.take(N * C);
   void* const h = scratch.take(N * M);
   void* const grad_hidden = scratch.take(N * M);
   const cuda::Excitation::Backward vectors{grad_t, data(hidden), h, grad_hidden, grad_z, x.slab.points};
   const RescaleBackward maps{
       data(g),         data(x.tensor), data(scale), data(saved), grad_z, writable(grad_input), writable(grad_residual),
       activations.post};
-  const Plan plan = Plan::of(e.work(x, read, written), current_device());
-  for_each_chunk(batch, plan.chunk, [&](const Batch& part) {
-    C10_CUDA_CHECK(sum_rescale_backward(part, maps, sums));
-    C10_CUDA_CHECK(gate_gradient(e.gate(), type == at::kDouble, sums.sums, data(scale), grad_t, part.first * C,
-                                 part.samples * C, part.stream));
-    e.backward(vectors, part.first, part.samples, part.stream);
-    if (written > 0) C10_CUDA_CHECK(write_rescale_backward(part, maps));
-  });
+  if (by_cluster) {
+    const ClusterExcitationBackward excitation{e.first(), e.second(), data(hidden), grad_t, h, grad_hidden};
+    C10_CUDA_CHECK(write_backward_by_cluster(batch, plan.cluster, excitation, maps));
+  } else {
+    for_each_chunk(batch, plan.chunk, [&](const Batch& part) {
+      C10_CUDA_CHECK(sum_rescale_backward(part, maps, sums));
+      C10_CUDA_CHECK(gate_gradient(e.gate(), type == at::kDouble, sums.sums, data(scale), grad_t, part.first * C,
+                                   part.samples * C, part.stream));
+      e.backward(vectors, part.first, part.samples, part.stream);
+      if (written > 0) C10_CUDA_CHECK(write_rescale_backward(part, maps));
+    });
+  }
   e.weight_gradients({grad_w1, grad_b1, grad_w2, grad_b2}, vectors, data(z), N, batch.stream);
 }
 

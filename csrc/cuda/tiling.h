@@ -14,8 +14,6 @@
 namespace se_ext::cuda {
 
 constexpr int kThreads = 256;  // per block, in every kernel over the map
-// Of the cluster's kernel, where the shared memory of both has room: plan.cpp counts on the registers of both, too.
-constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kWarp = 32;
 constexpr int kAccessBytes = 16;
 
@@ -102,6 +100,13 @@ struct BandLayout {
     return {width, rows, static_cast<int>(std::min<std::int64_t>(rows / t.rows, t.tiles))};
   }
 };
+
+// A product with a transposed weight, out[column] = Σ_row grad[row] weight[row, column]: kPieceRows rows one after the
+// other are a piece; of the pieces, every kPieceGroups-th is of one group. A piece is summed in order, then the pieces
+// of a group, then the groups. A thread has kSide columns.
+constexpr int kPieceRows = 8;
+constexpr int kPieceGroups = 16;
+constexpr int kSide = 4;
 
 // ChannelsFirst: rows that are not aligned to any access are written 16 bytes at a time across their ends, where an
 // access has at most two rows and every sample is aligned.

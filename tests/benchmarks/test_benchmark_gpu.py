@@ -197,7 +197,8 @@ class Paths:
         return {"auto": "chunked", "cluster": "whole"}.get(self.forced, self.forced)
 
 
-def test_every_path_that_can_be_taken_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["inference", "train"])
+def test_every_path_that_can_be_taken_is_timed(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, times = Paths(), {"auto": 30.0, "chunked": 40.0, "whole": 20.0}
 
     def timed(steps: dict[str, Any], *_: Any) -> dict[str, Samples]:
@@ -209,9 +210,9 @@ def test_every_path_that_can_be_taken_is_timed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu, "_C", paths)
     monkeypatch.setattr(gpu, "interleave", timed)
     monkeypatch.setattr(gpu, "ring_size", lambda *_: 10)
-    row = gpu.PathsCase(case(device="cpu")).measure(ONE_CALL)
+    row = gpu.PathsCase(case(device="cpu", mode=mode)).measure(ONE_CALL)
     assert paths.forced == "auto"
-    assert row["chosen"] == "chunked"
+    assert (row["mode"], row["chosen"]) == (mode, "chunked")
     assert row["time_us"]["cluster"] is None
     assert {path: time["median"] for path, time in row["time_us"].items() if time} == {
         "auto": 3.0,
@@ -228,16 +229,23 @@ def test_every_path_that_can_be_taken_is_timed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_path_with_another_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = Paths()
-    block = gpu.build
+    make_step = gpu.tails.make_step
 
-    def wrong_when_whole(name: str, problem: Any) -> Any:
-        module = block(name, problem)
-        return lambda x: module(x) + (paths.forced == "whole")
+    def wrong_when_whole(*arguments: Any) -> Any:
+        step = make_step(*arguments)
+
+        def run() -> dict[str, Any]:
+            found = step()
+            last = list(found)[-1]
+            return {**found, last: found[last] + (paths.forced == "whole")}
+
+        return run
 
     monkeypatch.setattr(gpu, "_C", paths)
-    monkeypatch.setattr(gpu, "build", wrong_when_whole)
-    with pytest.raises(WrongResult, match="the path whole gives another result than chunked"):
-        gpu.measure_paths(case(device="cpu"), CPU, ONE_CALL)
+    monkeypatch.setattr(gpu.tails, "make_step", wrong_when_whole)
+    for mode, wrong in (("inference", "output"), ("train", "grad .*")):
+        with pytest.raises(WrongResult, match=f"the path whole gives another {wrong} than chunked"):
+            gpu.measure_paths(case(device="cpu", mode=mode), CPU, ONE_CALL)
     assert paths.forced == "auto"
 
 
@@ -281,9 +289,9 @@ def test_paths_and_memory_come_first_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gpu, "gpu_facts", lambda where: {"cuda": "13.0"})
     work = gpu.work("", layout=("nchw", "nhwc"), device=("cuda", "cpu"), variants=(), quick=False)
     kinds = [found.kind for found in work.cases]
-    assert kinds[:12] == ["paths"] * 12  # three shapes, two dtypes, two layouts
-    assert kinds[12:28] == ["memory"] * 16
-    assert kinds.count("paths") == 12
+    assert kinds[:24] == ["paths"] * 24  # inference and training; three shapes, two dtypes, two layouts
+    assert kinds[24:40] == ["memory"] * 16
+    assert kinds.count("paths") == 24
     assert kinds.count("memory") == 16
     assert kinds.count("the CPU") == 2 * len(read_workloads()[0])
     assert all(found.device == "cuda" for found in work.cases if isinstance(found, GpuCase))

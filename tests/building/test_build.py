@@ -66,7 +66,12 @@ def test_the_source_distribution_holds_all_that_a_build_reads(tmp_path: Path) ->
     sources = [file for pattern in patterns for file in ROOT.glob(pattern)]
     wanted = {file.relative_to(ROOT).as_posix() for file in sources if file.is_file()} - {"se_ext/_build.py"}
     wanted |= {"pyproject.toml", "LICENSE", "README.md", "CMakeLists.txt", "se_ext/py.typed"}
-    assert {"setup_cuda.py", "csrc/params.h", "csrc/cuda/kernels/cluster.cu", "csrc/instruction_sets.txt"} <= wanted
+    assert {
+        "setup_cuda.py",
+        "csrc/params.h",
+        "csrc/cuda/kernels/cluster_forward.cu",
+        "csrc/instruction_sets.txt",
+    } <= wanted
     assert wanted <= held, sorted(wanted - held)
     beyond = {name for name in held - wanted if not name.startswith("se_ext.egg-info/")}
     assert beyond <= {"MANIFEST.in", "PKG-INFO", "setup.cfg"}, beyond

@@ -271,7 +271,7 @@ def test_two_shapes_in_one_graph(channels_last, path):
     problems = [Problem((4, 64, side, side), channels_last=channels_last) for side in (48, 28, 56)]
 
     def call() -> list[Tensor]:
-        return [t for problem in problems for t in problem.forward()]
+        return [t for problem in problems for t in problem.forward() + problem.step()]
 
     graph, found = captured(call)
     for problem in problems:
@@ -388,13 +388,15 @@ def test_a_graph_of_a_whole_training_step(channels_last):
 def test_every_path_gives_the_same_bits(shape, channels_last, dtype, path):
     problem = Problem(shape, dtype, channels_last, hidden=max(1, shape[1] // 16))
     many = shape[0] * torch.Size(shape[2:]).numel() > 1  # a batch norm of one value per channel is refused
-    expected = problem.forward() + (problem.bn_forward() if many else [])
+    expected = problem.forward() + problem.step() + (problem.bn_forward() if many else [])
     for name in PATHS:
         path(name)
         with torch.no_grad():
             se_ext.squeeze_excite(problem.x, *problem.weights)
         assert _C.last_cuda_path() == name
-        assert_same_bits(problem.forward() + (problem.bn_forward() if many else []), expected, name)
+        found = problem.forward() + problem.step()
+        assert _C.last_cuda_path() == name
+        assert_same_bits(found + (problem.bn_forward() if many else []), expected, name)
         target = problem.x.clone()
         with torch.no_grad():
             se_ext.squeeze_excite(
@@ -577,7 +579,9 @@ def test_more_than_2_to_the_31_elements(name, channels_last, path):
         leaf = x[first:last].detach().requires_grad_()
         y = se_ext.squeeze_excite(leaf, *weights, post_activation="relu")
         assert _C.last_cuda_path() == name
-        return [y.detach(), *torch.autograd.grad(y, leaf, grad[first:last])]
+        gradients = torch.autograd.grad(y, leaf, grad[first:last])
+        assert _C.last_cuda_path() == name
+        return [y.detach(), *gradients]
 
     whole = run(0, len(x))
     for n in (0, 1, len(x) // 2, len(x) - 2, len(x) - 1):

@@ -8,6 +8,7 @@ memory model. The rest of the suite runs there too: make cuda-host SANITIZE=none
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import os
 import re
@@ -40,7 +41,8 @@ pytestmark = pytest.mark.skipif(not emulated_cuda(), reason="of the kernels on t
 
 PATHS = ("whole", "chunked", "cluster", "auto")
 # By how a slab is cut: rows of whole accesses of 16 bytes, of 8 in half types, without alignment in samples that have
-# it, and in samples that don't; one tile and several; shares of a cluster that are not equal; one point, one channel.
+# it, and in samples that don't; one tile and several; shares of a cluster that are not equal; one point, one channel;
+# groups of several pieces in the products of a backward.
 SHAPES = {
     "aligned rows": (3, 72, 15, 16),
     "half-aligned rows": (4, 72, 2, 6),
@@ -49,6 +51,7 @@ SHAPES = {
     "one point": (5, 24, 1, 1),
     "one channel": (2, 1, 9, 5),
     "three channels": (2, 3, 4, 4),
+    "many channels": (2, 264, 3, 5),
     "volume": (2, 40, 3, 5, 7),
     "sequence": (3, 20, 50),
 }
@@ -59,14 +62,17 @@ LAYOUTS = {"first": False, "last": True}
 def host() -> ctypes.CDLL:
     library = ctypes.CDLL(CUDA_HOST)
     library.cuda_host_last_path.restype = ctypes.c_char_p
+    for function in (library.cuda_host_plan, library.cuda_host_cluster, library.cuda_host_estimate):
+        function.argtypes = [ctypes.c_bool] * 3 + [ctypes.c_long] * 4
+    library.cuda_host_threads_that_sum.argtypes = [ctypes.c_bool] + [ctypes.c_long] * 3
     return library
 
 
-def cluster_of(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> list[int]:
-    """The blocks of the cluster that an inference takes, the lines that each keeps, and the lines of a share."""
+def cluster_of(backward: bool, shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> list[int]:
+    """The blocks of the cluster that an inference or a backward takes, the lines that each keeps, and the lines of a
+    share."""
     found = (ctypes.c_long * 3)()
-    work = (ctypes.c_long(value) for value in (shape[1], math.prod(shape[2:]), shape[0], 12))
-    host().cuda_host_cluster(dtype.itemsize == 2, last, *work, found)
+    host().cuda_host_cluster(backward, dtype.itemsize == 2, last, shape[1], math.prod(shape[2:]), shape[0], 12, found)
     return list(found)
 
 
@@ -91,7 +97,7 @@ def longest(shape: tuple[int, ...], hidden: int) -> int:
 class Problem:
     """A map with all that stands around it, in one dtype and layout."""
 
-    took = took_behind_prologue = ""  # the paths of the last inference
+    took = took_behind_prologue = took_backward = ""  # the paths of the last inference, and of the last step
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, last: bool, hidden: int = 12, wide: bool = False):
         self.shape, self.dtype, self.hidden = shape, dtype, hidden
@@ -124,6 +130,12 @@ class Problem:
         x, w1, b1, w2, b2, r, weight, bias = leaves
         y = se_ext.squeeze_excite(x, w1, b1, w2, b2, residual=r, post_activation="silu")
         found = [y, *torch.autograd.grad(y, leaves[:6], self.grad)]
+        self.took_backward = last_path()
+        # Two maps to read; and the output, in place of the residual, which alone has a gradient.
+        y = se_ext.squeeze_excite(x, w1, b1, w2, b2, "hardswish", "hardsigmoid")
+        found += torch.autograd.grad(y, leaves[:5], self.grad)
+        y = se_ext.squeeze_excite(x.detach(), w1, b1, w2, b2, residual=r, post_activation="relu")
+        found += torch.autograd.grad(y, (w1, b2, r), self.grad)
         for pre in ("identity", "silu"):
             y = se_ext.bn_squeeze_excite(
                 *(x, weight, bias, None, None, w1, b1, w2, b2),
@@ -154,12 +166,12 @@ def check_every_path(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> 
     expected = None
     for path in PATHS:
         set_path(path)
-        found = problem.inference() + (problem.step() if path != "cluster" else [])
+        found = problem.inference() + problem.step()
         if path != "auto":
-            assert (problem.took, problem.took_behind_prologue) == (path, path)
+            assert (problem.took, problem.took_behind_prologue, problem.took_backward) == (path, path, path)
         if expected is None:
             expected = found
-        assert_same_bits(found, expected[: len(found)], f"{path} and {PATHS[0]}")
+        assert_same_bits(found, expected, f"{path} and {PATHS[0]}")
     set_path("whole")
     length = longest(shape, problem.hidden)
     check_against_float64(
@@ -172,38 +184,47 @@ def check_every_path(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> 
 
 @pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(
-    ("half", "channels", "points", "samples", "hidden", "path"),
+    ("backward", "half", "channels", "points", "samples", "hidden", "path"),
     [
-        (False, 256, 56 * 56, 1, 16, "whole"),  # a cluster holds half of its slab, and one sample is one chunk
-        (False, 256, 56 * 56, 15, 16, "whole"),  # clusters for all multiprocessors but a few
-        (False, 256, 56 * 56, 16, 16, "cluster"),  # what is not kept is read again from the L2 cache
-        (False, 256, 56 * 56, 128, 16, "cluster"),
-        (False, 512, 56 * 56, 128, 32, "whole"),  # where a quarter of it has no room
-        (True, 256, 56 * 56, 128, 16, "cluster"),
-        (False, 512, 28 * 28, 1, 32, "cluster"),
-        (False, 512, 28 * 28, 256, 32, "cluster"),
-        (False, 2048, 7 * 7, 1, 128, "cluster"),
-        (False, 2048, 7 * 7, 512, 128, "whole"),  # the weights outweigh the slab
+        (False, False, 256, 56 * 56, 1, 16, "whole"),  # a cluster holds half of its slab, and one sample is one chunk
+        (False, False, 256, 56 * 56, 15, 16, "whole"),  # clusters for all multiprocessors but a few
+        (False, False, 256, 56 * 56, 16, 16, "cluster"),  # what is not kept is read again from the L2 cache
+        (False, False, 256, 56 * 56, 128, 16, "cluster"),
+        (False, False, 512, 56 * 56, 128, 32, "whole"),  # where a quarter of it has no room
+        (False, True, 256, 56 * 56, 128, 16, "cluster"),
+        (False, False, 512, 28 * 28, 1, 32, "cluster"),
+        (False, False, 512, 28 * 28, 256, 32, "cluster"),
+        (False, False, 2048, 7 * 7, 1, 128, "cluster"),
+        (False, False, 2048, 7 * 7, 512, 128, "whole"),  # the weights outweigh the slab
+        # two maps
+        (True, False, 256, 56 * 56, 128, 16, "whole"),
+        (True, True, 256, 56 * 56, 128, 16, "cluster"),  # half of them has room
+        (True, False, 1024, 14 * 14, 1, 64, "cluster"),
+        (True, False, 1024, 14 * 14, 256, 64, "cluster"),
+        (True, True, 1024, 14 * 14, 256, 64, "cluster"),
+        (True, False, 2048, 7 * 7, 512, 128, "whole"),
     ],
 )
 def test_the_path_on_an_h200(
-    half: bool, channels: int, points: int, samples: int, hidden: int, path: str, last: bool
+    backward: bool, half: bool, channels: int, points: int, samples: int, hidden: int, path: str, last: bool
 ) -> None:
-    assert ("cluster", "chunked", "whole")[host().cuda_host_plan(half, last, channels, points, samples, hidden)] == path
+    found = host().cuda_host_plan(backward, half, last, channels, points, samples, hidden)
+    assert ("cluster", "chunked", "whole")[found] == path
 
 
 def test_what_is_written_down_is_what_the_plan_expects() -> None:
     """The table in docs/tuning.md, which a measurement on a GPU is to be held against."""
-    row = r"^\| (\d+)×(\d+)×(\d+)×(\d+) \| (\d+) \| (float32|bfloat16) \| (.*) \| (.*) \| (.*) \| (\w+) \|$"
+    row = r"^\| (inference|backward) \| (\d+)×(\d+)×(\d+)×(\d+) \| (\d+) \| (float32|bfloat16) \| "
+    row += r"(.*) \| (.*) \| (.*) \| (\w+) \|$"
     rows = re.findall(row, (TESTS.parent / "docs" / "tuning.md").read_text(), re.MULTILINE)
-    assert len(rows) == 6
-    for samples, channels, height, width, hidden, dtype, *times, chosen in rows:
+    assert len(rows) == 12
+    for work, samples, channels, height, width, hidden, dtype, *times, chosen in rows:
         points = int(height) * int(width)
-        work = [ctypes.c_long(value) for value in (int(channels), points, int(samples), int(hidden))]
+        arguments = (work == "backward", dtype == "bfloat16", False, int(channels), points, int(samples), int(hidden))
         expected = (ctypes.c_double * 3)()
-        host().cuda_host_estimate(dtype == "bfloat16", False, *work, expected)
+        host().cuda_host_estimate(*arguments, expected)
         assert times == [f"{us:.1f}" if math.isfinite(us) else "–" for us in expected]
-        assert ("cluster", "chunked", "whole")[host().cuda_host_plan(dtype == "bfloat16", False, *work)] == chosen
+        assert ("cluster", "chunked", "whole")[host().cuda_host_plan(*arguments)] == chosen
 
 
 @pytest.mark.parametrize("last", LAYOUTS.values(), ids=LAYOUTS)
@@ -223,12 +244,11 @@ def test_clusters_are_as_large_as_the_batch_is_small(samples: int, last: bool) -
 def test_all_threads_sum_a_share_of_few_channels() -> None:
     """Of a thread block in a cluster of eight, in channels_last: not only those that stand over its columns."""
     threads = host().cuda_host_threads_that_sum
-    longs = ctypes.c_long
-    assert threads(True, longs(256), longs(56 * 56), longs(4)) == 256
-    assert threads(False, longs(512), longs(28 * 28), longs(16)) == 256
-    assert threads(True, longs(256), longs(14 * 14), longs(4)) == 256
-    assert threads(True, longs(2048), longs(7 * 7), longs(32)) == 256
-    assert threads(True, longs(256), longs(7 * 7), longs(4)) == 64  # two tiles are all that the sum has
+    assert threads(True, 256, 56 * 56, 4) == 256
+    assert threads(False, 512, 28 * 28, 16) == 256
+    assert threads(True, 256, 14 * 14, 4) == 256
+    assert threads(True, 2048, 7 * 7, 32) == 256
+    assert threads(True, 256, 7 * 7, 4) == 64  # two tiles are all that the sum has
 
 
 def run_with(set_up: str, program: str) -> list[str]:
@@ -277,34 +297,37 @@ torch.manual_seed(1)
 for attribute in (81, 97):
     host.cuda_host_set_attribute(attribute, room + 1024 * (attribute == 81))
 host.cuda_host_set_room(blocks)
-for shape in (*t.SHAPES.values(), *t.LARGE.values()):
+for shape in (*t.SHAPES.values(), *t.LARGE.values(), (2, 72, 20, 24)):
     for dtype in (torch.float32, torch.bfloat16):
         for last in (False, True):
             if t.Problem(shape, dtype, last).x[0].nbytes <= blocks * room:
                 continue
             t.check_every_path(shape, dtype, last)
             t.set_path("cluster")
-            of_blocks, kept, lines = t.cluster_of(shape, dtype, last)
-            assert of_blocks == min(blocks, -(-shape[1] * dtype.itemsize // 16)) and 0 <= kept < lines
-            if kept > 0:
-                print(f"{str(dtype)[6:]}-{'last' if last else 'first'}")
+            for backward in (False, True):
+                of_blocks, kept, lines = t.cluster_of(backward, shape, dtype, last)
+                assert of_blocks == min(blocks, -(-shape[1] * dtype.itemsize // 16)) and 0 <= kept < lines
+                if kept > 0:
+                    print(f"{'backward' if backward else 'forward'}-{str(dtype)[6:]}-{'last' if last else 'first'}")
 """
 
 
-@pytest.mark.parametrize(("blocks", "room"), [(1, 17_000), (2, 16_000)])
+@pytest.mark.parametrize(("blocks", "room"), [(1, 24_000), (2, 23_000)])
 def test_a_part_of_a_slab_is_kept(blocks: int, room: int) -> None:
     """Of slabs that are larger than the shared memory of a whole cluster: channels, and tiles of points. Of some slabs
     no line has room, and all of them are read again."""
-    kept = {"float32-first", "float32-last", "bfloat16-first", "bfloat16-last"}
+    passes, dtypes, layouts = ("forward", "backward"), ("float32", "bfloat16"), ("first", "last")
+    kept = {"-".join(names) for names in itertools.product(passes, dtypes, layouts)}
     assert set(run_with(f"blocks, room = {blocks}, {room}", LITTLE_MEMORY)) == kept
 
 
 def test_vectors_beyond_shared_memory() -> None:
-    """The scales of 40,000 channels alone: no cluster's kernel."""
-    problem = Problem((1, 40_000, 1, 1), torch.float32, False)
+    """The scales of 70,000 channels alone: no cluster's kernel."""
+    problem = Problem((2, 70_000, 1, 1), torch.float32, False)
     set_path("cluster")
     problem.inference()
-    assert (problem.took, problem.took_behind_prologue) == ("whole", "whole")
+    problem.step()
+    assert (problem.took, problem.took_behind_prologue, problem.took_backward) == ("whole", "whole", "whole")
 
 
 MANY_ROWS = """
@@ -484,7 +507,7 @@ host = test_cuda_host.host()
 attributes = {{75: 8, 76: 9, 97: 101376, 81: 102400, 16: 128, 38: 72 << 20, 36: 10501000, 37: 384}}
 for attribute, value in attributes.items():
     host.cuda_host_set_attribute(attribute, value)
-print(*(host.cuda_host_plan(False, last, 256, 56 * 56, n, 16) for last in (False, True) for n in (1, 4, 128)))
+print(*(host.cuda_host_plan(False, False, last, 256, 56 * 56, n, 16) for last in (False, True) for n in (1, 4, 128)))
 """
 
 

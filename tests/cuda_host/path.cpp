@@ -17,12 +17,15 @@ EXPORTED const char* cuda_host_last_path() {
 
 namespace {
 
-se_ext::cuda::Work work_of(bool is_half, bool is_last, long channels, long points, long samples, long hidden) {
+// The plain block: inference, or its backward.
+se_ext::cuda::Work work_of(bool backward, bool is_half, bool is_last, long channels, long points, long samples,
+                           long hidden) {
   using namespace se_ext;
   const DType type = is_half ? DType::BFloat16 : DType::Float32;
   const Slab slab{channels, points, is_last ? Layout::ChannelsLast : Layout::ChannelsFirst};
   const long weight_bytes = 2 * channels * hidden * (is_half ? 2 : 4);
-  return {type, slab, samples, 1, 1, hidden, weight_bytes, true, true, false};
+  const auto op = backward ? cuda::ClusterOp::Backward : cuda::ClusterOp::Forward;
+  return {type, slab, samples, backward ? 2 : 1, 1, hidden, weight_bytes, op, true};
 }
 
 }  // namespace
@@ -30,35 +33,38 @@ se_ext::cuda::Work work_of(bool is_half, bool is_last, long channels, long point
 // The threads of a block that sum its share of a channels_last slab, the share being `columns` accesses wide.
 EXPORTED int cuda_host_threads_that_sum(bool is_half, long channels, long points, long columns) {
   using namespace se_ext::cuda;
-  const Tiling tiling = Tiling::of(work_of(is_half, true, channels, points, 1, 1).slab,
+  const Tiling tiling = Tiling::of(work_of(false, is_half, true, channels, points, 1, 1).slab,
                                    is_half ? se_ext::DType::BFloat16 : se_ext::DType::Float32);
   const BandLayout layout = BandLayout::of_share(tiling, columns);
   return layout.width * layout.tiles * tiling.rows;
 }
 
-// The path that an inference would take: 0 cluster, 1 chunked, 2 whole.
-EXPORTED int cuda_host_plan(bool is_half, bool is_last, long channels, long points, long samples, long hidden) {
+// The path that it would take: 0 cluster, 1 chunked, 2 whole.
+EXPORTED int cuda_host_plan(bool backward, bool is_half, bool is_last, long channels, long points, long samples,
+                            long hidden) {
   using namespace se_ext::cuda;
-  return static_cast<int>(
-      Plan::of(work_of(is_half, is_last, channels, points, samples, hidden), current_device()).path);
+  const Work work = work_of(backward, is_half, is_last, channels, points, samples, hidden);
+  return static_cast<int>(Plan::of(work, current_device()).path);
 }
 
-// Of the cluster that an inference would take: its blocks, the lines of a share that each keeps, and all of them.
-EXPORTED void cuda_host_cluster(bool is_half, bool is_last, long channels, long points, long samples, long hidden,
-                                long* of_cluster) {
+// Of the cluster that it would take: its blocks, the lines of a share that each keeps, and all of them.
+EXPORTED void cuda_host_cluster(bool backward, bool is_half, bool is_last, long channels, long points, long samples,
+                                long hidden, long* of_cluster) {
   using namespace se_ext::cuda;
-  const Work work = work_of(is_half, is_last, channels, points, samples, hidden);
+  const Work work = work_of(backward, is_half, is_last, channels, points, samples, hidden);
   const Cluster cluster = Plan::of(work, current_device()).cluster;
+  const ClusterTask task{*work.cluster_op, work.dtype, work.slab, work.hidden_channels, work.maps_read_twice};
   of_cluster[0] = cluster.blocks;
   of_cluster[1] = cluster.kept;
-  of_cluster[2] = cluster_lines(work.dtype, work.slab, cluster.blocks);
+  of_cluster[2] = cluster.blocks > 0 ? ClusterLayout::of(task, cluster).lines : 0;
 }
 
 // The µs that the plan expects of each path, in this order.
-EXPORTED void cuda_host_estimate(bool is_half, bool is_last, long channels, long points, long samples, long hidden,
-                                 double* us) {
+EXPORTED void cuda_host_estimate(bool backward, bool is_half, bool is_last, long channels, long points, long samples,
+                                 long hidden, double* us) {
   using namespace se_ext::cuda;
-  const Estimate e = Estimate::of(work_of(is_half, is_last, channels, points, samples, hidden), current_device());
+  const Work work = work_of(backward, is_half, is_last, channels, points, samples, hidden);
+  const Estimate e = Estimate::of(work, current_device());
   us[0] = e.cluster_us;
   us[1] = e.chunked_us;
   us[2] = e.whole_us;

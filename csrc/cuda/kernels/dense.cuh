@@ -48,6 +48,65 @@ SE_EXT_DEVICE Lanes<A, samples> dot(const W* weight, const A* vectors, std::int6
   });
 }
 
+// ---- the transposed weight: in the order that ../tiling.h defines ----
+
+// kSide values, in one access where `whole`; else one by one, the last of `left` in place of those beyond it.
+template <bool whole, class T>
+SE_EXT_DEVICE Lanes<acc_t<T>, kSide> load_side(const T* from, std::int64_t left) {
+  if constexpr (whole) {
+    return load<kSide>(from);
+  } else {
+    return lanes<acc_t<T>, kSide>([&](int j) { return load<1>(from + (j < left ? j : left - 1))[0]; });
+  }
+}
+
+// The groups that have pieces.
+SE_EXT_HOST_DEVICE constexpr int piece_groups(std::int64_t rows) {
+  return rows < kPieceGroups * kPieceRows ? static_cast<int>((rows + kPieceRows - 1) / kPieceRows) : kPieceGroups;
+}
+
+// The piece that begins at row `begin`, of kSide columns from `column` on, for several vectors. `whole`: rows and
+// columns are multiples of kSide. kAhead rows are loaded before the first of them is used.
+template <bool whole, int kAhead, int samples, class W, class A>
+SE_EXT_DEVICE Lanes<Lanes<A, kSide>, samples> sum_piece(const W* weight, std::int64_t rows, std::int64_t columns,
+                                                        std::int64_t begin, std::int64_t column,
+                                                        const Lanes<const A*, samples>& vectors) {
+  static_assert(kAhead % kSide == 0 && kPieceRows % kAhead == 0);
+  Lanes<Lanes<A, kSide>, samples> sums;
+  SE_EXT_UNROLL
+  for (int s = 0; s < samples; ++s) sums[s] = lanes<A, kSide>([](int) { return A(0); });
+  SE_EXT_UNROLL
+  for (int start = 0; start < kPieceRows; start += kAhead) {
+    Lanes<A, kSide> w[kAhead], grad[samples][kAhead / kSide];
+    SE_EXT_UNROLL
+    for (int k = 0; k < kAhead; ++k) {
+      const std::int64_t row = begin + start + k;
+      if (row < rows) w[k] = load_side<whole>(weight + row * columns + column, columns - column);
+    }
+    SE_EXT_UNROLL
+    for (int k = 0; k < kAhead / kSide; ++k) {
+      const std::int64_t row = begin + start + k * kSide;
+      if (row < rows) {
+        SE_EXT_UNROLL
+        for (int s = 0; s < samples; ++s) grad[s][k] = load_side<whole>(vectors[s] + row, rows - row);
+      }
+    }
+    SE_EXT_UNROLL
+    for (int k = 0; k < kAhead; ++k) {
+      if (begin + start + k < rows) {
+        SE_EXT_UNROLL
+        for (int s = 0; s < samples; ++s) {
+          SE_EXT_UNROLL
+          for (int j = 0; j < kSide; ++j) {
+            sums[s][j] = multiply_add(grad[s][k / kSide][k % kSide], w[k][j], sums[s][j]);
+          }
+        }
+      }
+    }
+  }
+  return sums;
+}
+
 // f.template operator()<W, A>() with the types of a layer
 template <class F>
 cudaError_t with_weight_type(DType type, const F& f) {

@@ -36,37 +36,23 @@ __global__ void __launch_bounds__(kThreads)
 
 // Tiles of both backward kernels: a thread has kSide × kSide sums in registers, so that what it loads for one of them
 // serves kSide; kAcross threads lie side by side along the columns of the weight.
-constexpr int kSide = 4;
 constexpr int kAcross = 8;
-constexpr int kColumns = kSide * kAcross;  // of a block
+constexpr int kColumns = kSide * kAcross;                                           // of a block
+static_assert(kSamples == kSide && kAcross * kPieceGroups == kSamples * kColumns);  // a thread for each result
 
-// kSide values, in one access where `whole`; else one by one, the last of `left` in place of those beyond it.
-template <bool whole, class T>
-SE_EXT_DEVICE Lanes<acc_t<T>, kSide> load_side(const T* from, std::int64_t left) {
-  if constexpr (whole) {
-    return load<kSide>(from);
-  } else {
-    return lanes<acc_t<T>, kSide>([&](int j) { return load<1>(from + (j < left ? j : left - 1))[0]; });
-  }
-}
-
-constexpr int kGroups = 16;  // of the rows of the weight: a thread takes every kGroups-th row
-static_assert(kSamples == kSide && kAcross * kGroups == kSamples * kColumns);  // a thread for each result of the block
-
-// out[sample, column] = Σ_row grad[sample, row] weight[row, column], for `kSamples` samples. The rows of a group are
-// summed in order, then the groups. Reads the weight once for kSamples samples.
+// out[sample, column] = Σ_row grad[sample, row] weight[row, column], for `kSamples` samples: a thread takes the pieces
+// of one group of the weight's rows. Reads the weight once for kSamples samples.
 template <bool whole, class W, class A>
-__global__ void __launch_bounds__(kAcross* kGroups)
+__global__ void __launch_bounds__(kAcross* kPieceGroups)
     backward_kernel(const W* weight, const A* grad, const A* hidden, A* activated, A* grad_input, std::int64_t rows,
                     std::int64_t columns, std::int64_t end, std::int64_t blocks_of_columns, Activation activation,
                     A divisor) {
-  constexpr int kAhead = 4;  // rows of the weight
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kAcross, group = thread / kAcross;
   const std::int64_t block_of_samples = blockIdx.x / blocks_of_columns;
   const std::int64_t first_column = (blockIdx.x - block_of_samples * blocks_of_columns) * kColumns;
   const std::int64_t first = block_of_samples * kSamples, mine = first_column + lane * kSide;
   const std::int64_t samples = end - first < kSamples ? end - first : kSamples;
-  const A* of_sample[kSamples];
+  Lanes<const A*, kSamples> of_sample;
   Lanes<A, kSide> sums[kSamples];
   SE_EXT_UNROLL
   for (int s = 0; s < kSamples; ++s) {
@@ -75,41 +61,28 @@ __global__ void __launch_bounds__(kAcross* kGroups)
     sums[s] = lanes<A, kSide>([](int) { return A(0); });
   }
   if (mine < columns) {
-    for (std::int64_t start = group; start < rows; start += kAhead * kGroups) {
-      Lanes<A, kSide> w[kAhead], g[kAhead];
+    for (std::int64_t row = group * kPieceRows; row < rows; row += kPieceGroups * kPieceRows) {
+      const auto piece = sum_piece<whole, 4>(weight, rows, columns, row, mine, of_sample);
       SE_EXT_UNROLL
-      for (int k = 0; k < kAhead; ++k) {
-        const std::int64_t row = start + k * kGroups;
-        if (row < rows) {
-          w[k] = load_side<whole>(weight + row * columns + mine, columns - mine);
-          g[k] = lanes<A, kSamples>([&](int s) { return of_sample[s][row]; });
-        }
-      }
-      SE_EXT_UNROLL
-      for (int k = 0; k < kAhead; ++k) {
-        if (start + k * kGroups < rows) {
-          SE_EXT_UNROLL
-          for (int s = 0; s < kSamples; ++s) {
-            SE_EXT_UNROLL
-            for (int j = 0; j < kSide; ++j) sums[s][j] = multiply_add(g[k][s], w[k][j], sums[s][j]);
-          }
-        }
+      for (int s = 0; s < kSamples; ++s) {
+        SE_EXT_UNROLL
+        for (int j = 0; j < kSide; ++j) sums[s][j] += piece[s][j];
       }
     }
   }
-  A* shared = reinterpret_cast<A*>(dynamic_shared());  // [kSamples, kGroups, kColumns]
+  A* shared = reinterpret_cast<A*>(dynamic_shared());  // [kSamples, kPieceGroups, kColumns]
   SE_EXT_UNROLL
   for (int s = 0; s < kSamples; ++s) {
     SE_EXT_UNROLL
-    for (int j = 0; j < kSide; ++j) shared[(s * kGroups + group) * kColumns + lane * kSide + j] = sums[s][j];
+    for (int j = 0; j < kSide; ++j) shared[(s * kPieceGroups + group) * kColumns + lane * kSide + j] = sums[s][j];
   }
   __syncthreads();
   const int sample = thread / kColumns;
   const std::int64_t column = first_column + thread % kColumns;
   if (column >= columns || sample >= samples) return;
-  const A* partial = shared + sample * kGroups * kColumns + thread % kColumns;
+  const A* partial = shared + sample * kPieceGroups * kColumns + thread % kColumns;
   A sum = partial[0];
-  for (int k = 1; k < kGroups; ++k) sum += partial[k * kColumns];
+  for (int k = 1; k < piece_groups(rows); ++k) sum += partial[k * kColumns];
   const std::int64_t at = (first + sample) * columns + column;
   if (hidden) {
     const A before = hidden[at], after = activate_one(activation, before);
@@ -207,15 +180,16 @@ cudaError_t layer_backward(const Layer& l, const LayerBackward& v, std::int64_t 
   const std::int64_t blocks = divide_up(l.columns, kColumns);
   return with_weight_type(l.type, [&]<class W, class A>() {
     const auto run = [&]<bool whole>() {
-      return launch(backward_kernel<whole, W, A>, blocks * divide_up(samples, kSamples), kAcross * kGroups,
-                    kSamples * kGroups * kColumns * sizeof(A), stream, static_cast<const W*>(l.weight),
+      return launch(backward_kernel<whole, W, A>, blocks * divide_up(samples, kSamples), kAcross * kPieceGroups,
+                    kSamples * kPieceGroups * kColumns * sizeof(A), stream, static_cast<const W*>(l.weight),
                     static_cast<const A*>(v.grad) + first * l.rows,
                     v.hidden ? static_cast<const A*>(v.hidden) + first * l.columns : nullptr,
                     v.hidden ? static_cast<A*>(v.activated) + first * l.columns : nullptr,
                     static_cast<A*>(v.grad_input) + first * l.columns, l.rows, l.columns, samples, blocks, l.activation,
                     static_cast<A>(v.divisor));
     };
-    return l.columns % kSide == 0 ? run.template operator()<true>() : run.template operator()<false>();
+    const bool whole = l.rows % kSide == 0 && l.columns % kSide == 0;
+    return whole ? run.template operator()<true>() : run.template operator()<false>();
   });
 }
 

@@ -39,7 +39,7 @@ struct RowWork {
 };
 
 template <int n, class Visitor>
-__global__ void __launch_bounds__(kThreads, kIsNarrow<Visitor, n>&& Visitor::kMaps == 1 ? kRowBlocks : 1)
+__global__ void __launch_bounds__(kThreads, kIsNarrow<Visitor, n>&& Visitor::kMaps == 1 ? kRowBlocks : Visitor::kBlocks)
     sum_rows(Visitor visitor, Work w, RowWork by, acc_t<typename Visitor::value_type>* out,
              acc_t<typename Visitor::value_type> divisor) {
   constexpr int kRows = kRowsAtOnce<Visitor, n>;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kIsNarrow<Visitor, n>&& Visitor::kMa
 }
 
 template <int n, class Visitor>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, Visitor::kBlocks)
     sum_bands(Visitor visitor, Work w, acc_t<typename Visitor::value_type>* out,
               acc_t<typename Visitor::value_type> divisor) {
   using A = acc_t<typename Visitor::value_type>;

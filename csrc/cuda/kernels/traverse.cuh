@@ -6,11 +6,13 @@
 //   V::value_type                          the map's type
 //   V::kParts                              sums per channel
 //   V::kMaps                               maps that are read
+//   V::kBlocks                             of a kernel that sums, on a multiprocessor: it has registers for so many
 //   V::kAhead                              accesses loaded ahead: some 64 to 128 bytes per thread keep memory busy
 //   prepare<n>(sample, channels)           what an access of n values needs of its channels: a struct of Lanes
 //   begin_at(i)                            makes index i of the maps index 0
-//   load<n>(i, x_at)                       the raw values at index i of the maps; x's at x_at, which is i but where x
-//                                          lies in shared memory
+//   each_map(f)                            f(map, number) with a reference to each map that both passes read
+//   load<n>(i, at)                         the raw values at index i of the maps; of those that both passes read at
+//                                          `at`, which is i but where they lie in shared memory
 //   add<n>(raw, prepared, sums)            sums[part] += …, lane by lane
 //   write<n>(i, raw, prepared)             the results of the access
 #pragma once
@@ -66,7 +68,7 @@ struct Accumulators {
   }
 };
 
-// Adds the accesses at first, first + step, … below end, in this order; index(i) is where x's access i lies.
+// Adds the accesses at first, first + step, … below end, in this order; index(i) is where access i of the maps lies.
 template <int n, class Visitor, class Prepared, class Index>
 SE_EXT_DEVICE void add_all(const Visitor& visitor, const Prepared& prepared, std::int64_t first, std::int64_t end,
                            std::int64_t step, const Index& index, Accumulators<Visitor, n>& sums) {
@@ -106,8 +108,8 @@ SE_EXT_DEVICE Accumulators<Visitor, 1> across_lanes(Accumulators<Visitor, n>& wi
   return sums;
 }
 
-// A tile of a row, summed by `lanes` neighbours of a warp: all of them return the sums. `row` counts the rows where x
-// lies. Every thread of the warp must come here.
+// A tile of a row, summed by `lanes` neighbours of a warp: all of them return the sums. `row` counts the rows where
+// the maps lie. Every thread of the warp must come here.
 template <int n, class Visitor>
 SE_EXT_DEVICE Accumulators<Visitor, 1> sum_row(const Visitor& visitor, std::int64_t sample, std::int64_t channel,
                                                std::int64_t row, std::int64_t tile, const Tiling& tiling,
@@ -172,8 +174,8 @@ SE_EXT_DEVICE BandLayout whole_band(const Tiling& tiling) {
 
 // As many tiles as the layout has, from `tile` on, of up to `width` accesses side by side, from `first_channel` on,
 // summed by the block: put(part, tile, channel, sum) is called once for each of them, tiles counted from `tile`;
-// index(point, channel) is where x's access lies. `shared` has room for a value per thread and value of an access.
-// Starts and ends with all threads of the block together.
+// index(point, channel) is where the maps' access lies. `shared` has room for a value per thread and value of an
+// access. Starts and ends with all threads of the block together.
 template <int n, class Visitor, class Index, class Put>
 SE_EXT_DEVICE void sum_band(const Visitor& visitor, std::int64_t sample, std::int64_t first_channel,
                             std::int64_t end_channel, std::int64_t tile, const Tiling& tiling, BandLayout layout,
@@ -216,16 +218,16 @@ SE_EXT_DEVICE void sum_band(const Visitor& visitor, std::int64_t sample, std::in
 
 // ---- writes ----
 
-// index(i) is where access i of the maps lies, x_index(i) that of x.
-template <int n, class Visitor, class Prepared, class Index, class XIndex>
+// index(i) is where access i of the maps lies, read_index(i) that of those which both passes read.
+template <int n, class Visitor, class Prepared, class Index, class ReadIndex>
 SE_EXT_DEVICE void write_all(const Visitor& visitor, const Prepared& prepared, std::int64_t first, std::int64_t end,
-                             std::int64_t step, const Index& index, const XIndex& x_index) {
+                             std::int64_t step, const Index& index, const ReadIndex& read_index) {
   using Raw = decltype(visitor.template load<n>(0, 0));
   for (std::int64_t i = first; i < end; i += Visitor::kAhead * step) {
     Raw raw[Visitor::kAhead];
     SE_EXT_UNROLL
     for (int k = 0; k < Visitor::kAhead; ++k) {
-      if (i + k * step < end) raw[k] = visitor.template load<n>(index(i + k * step), x_index(i + k * step));
+      if (i + k * step < end) raw[k] = visitor.template load<n>(index(i + k * step), read_index(i + k * step));
     }
     SE_EXT_UNROLL
     for (int k = 0; k < Visitor::kAhead; ++k) {
@@ -234,24 +236,25 @@ SE_EXT_DEVICE void write_all(const Visitor& visitor, const Prepared& prepared, s
   }
 }
 
-// A tile of a row, by `lanes` neighbours of a warp; `row` counts the rows of the maps, `x_row` those where x lies.
+// A tile of a row, by `lanes` neighbours of a warp; `row` counts the rows of the maps,
+// `read_row` those of the maps that both passes read.
 template <int n, class Visitor>
 SE_EXT_DEVICE void write_row(const Visitor& visitor, std::int64_t sample, std::int64_t channel, std::int64_t row,
-                             std::int64_t x_row, std::int64_t tile, const Tiling& tiling, std::int64_t accesses) {
+                             std::int64_t read_row, std::int64_t tile, const Tiling& tiling, std::int64_t accesses) {
   const int lane = static_cast<int>(threadIdx.x) & (tiling.lanes - 1);
   const std::int64_t begin = tile * tiling.extent;
   const std::int64_t end = begin + tiling.extent < accesses ? begin + tiling.extent : accesses;
-  const std::int64_t base = row * accesses, x_base = x_row * accesses;
+  const std::int64_t base = row * accesses, read_base = read_row * accesses;
   write_all<n>(
       visitor, visitor.template prepare<n>(sample, Same{channel}), begin + lane, end, tiling.lanes,
-      [=](std::int64_t i) { return (base + i) * n; }, [=](std::int64_t i) { return (x_base + i) * n; });
+      [=](std::int64_t i) { return (base + i) * n; }, [=](std::int64_t i) { return (read_base + i) * n; });
 }
 
 // Accesses [begin, end) of a sample whose rows are not aligned to an access: an access has values of up to two rows.
-// Thread `thread` of `threads` takes every threads-th of them. The value at the start of the sample is x[x_base], or
-// would be, where x holds only some of the accesses.
+// Thread `thread` of `threads` takes every threads-th of them. The value at the start of the sample lies at
+// read_base in the maps that both passes read, or would lie there, where they hold only some of the accesses.
 template <int n, class Visitor>
-SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample, std::int64_t x_base,
+SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample, std::int64_t read_base,
                                      std::int64_t begin, std::int64_t end, std::int64_t thread, std::int64_t threads,
                                      std::int64_t channels, const Divider& by_points) {
   using Raw = decltype(visitor.template load<n>(0, 0));
@@ -262,7 +265,7 @@ SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample
     for (int k = 0; k < Visitor::kAhead; ++k) {
       if (i + k * threads < end) {
         const std::int64_t at = (i + k * threads) * n;
-        raw[k] = visitor.template load<n>(base + at, x_base + at);
+        raw[k] = visitor.template load<n>(base + at, read_base + at);
       }
     }
     SE_EXT_UNROLL
@@ -278,12 +281,12 @@ SE_EXT_DEVICE void write_across_rows(const Visitor& visitor, std::int64_t sample
   }
 }
 
-// Points [begin, end) of up to `width` accesses side by side, from `first_channel` on, by the block; x_index(point,
-// channel) is where x's access lies.
-template <int n, class Visitor, class XIndex>
+// Points [begin, end) of up to `width` accesses side by side, from `first_channel` on, by the block; read_index(point,
+// channel) is where it lies in the maps that both passes read.
+template <int n, class Visitor, class ReadIndex>
 SE_EXT_DEVICE void write_band(const Visitor& visitor, std::int64_t sample, std::int64_t first_channel,
                               std::int64_t end_channel, std::int64_t begin, std::int64_t end, BandLayout layout,
-                              std::int64_t channels, std::int64_t points, const XIndex& x_index) {
+                              std::int64_t channels, std::int64_t points, const ReadIndex& read_index) {
   const int thread = static_cast<int>(threadIdx.x);
   const int row = thread / layout.width, column = thread - row * layout.width;
   const std::int64_t mine = first_channel + column * n;
@@ -291,7 +294,8 @@ SE_EXT_DEVICE void write_band(const Visitor& visitor, std::int64_t sample, std::
   const std::int64_t base = sample * points;
   write_all<n>(
       visitor, visitor.template prepare<n>(sample, Consecutive{mine}), begin + row, end, layout.rows,
-      [=](std::int64_t p) { return (base + p) * channels + mine; }, [=](std::int64_t p) { return x_index(p, mine); });
+      [=](std::int64_t p) { return (base + p) * channels + mine; },
+      [=](std::int64_t p) { return read_index(p, mine); });
 }
 
 }  // namespace se_ext::cuda

@@ -12,7 +12,7 @@ template <class T>
 struct SumInput {
   using value_type = T;
   using A = acc_t<T>;
-  static constexpr int kParts = 1, kMaps = 1, kAhead = 4;
+  static constexpr int kParts = 1, kMaps = 1, kBlocks = 1, kAhead = 4;
   const T* x;
 
   template <int n, class Channels>
@@ -20,10 +20,14 @@ struct SumInput {
     return {};
   }
   template <int n>
-  SE_EXT_DEVICE Raw<T, n> load(std::int64_t, std::int64_t x_at) const {
-    return load_raw<n>(x + x_at);
+  SE_EXT_DEVICE Raw<T, n> load(std::int64_t, std::int64_t at) const {
+    return load_raw<n>(x + at);
   }
   SE_EXT_DEVICE void begin_at(std::int64_t i) { x += i; }
+  template <class F>
+  SE_EXT_DEVICE void each_map(const F& f) {
+    f(x, 0);
+  }
   template <int n>
   SE_EXT_DEVICE void add(const Raw<T, n>& raw, Nothing, Lanes<A, n>* sums) const {
     const Lanes<A, n> value = widen<n>(raw);
@@ -105,10 +109,14 @@ struct WriteRescale {
   SE_EXT_DEVICE Lanes<A, n> prepare(std::int64_t sample, Channels c) const {
     return per_channel<n>(scale, sample * channels, c);
   }
+  template <class F>
+  SE_EXT_DEVICE void each_map(const F& f) {
+    f(x, 0);
+  }
   template <int n>
-  SE_EXT_DEVICE Loaded<n> load(std::int64_t i, std::int64_t x_at) const {
+  SE_EXT_DEVICE Loaded<n> load(std::int64_t i, std::int64_t at) const {
     Loaded<n> raw;
-    raw.x = load_raw<n>(x + x_at);
+    raw.x = load_raw<n>(x + at);
     if (residual) raw.residual = load_raw<n>(residual + i);
     return raw;
   }
@@ -169,6 +177,16 @@ struct WritePrologueRescale : WriteRescale<T, Post> {
   }
 };
 
+// f.template operator()<part>(first) for one part of an access, of up to `most` values, after the other: what lies
+// between the loads and the results for all eight values of a half type would need more registers than two thread
+// blocks of a multiprocessor have.
+template <int n, int most, class F>
+SE_EXT_DEVICE void in_parts(const F& f) {
+  constexpr int part = n < most ? n : most;
+  SE_EXT_UNROLL
+  for (int first = 0; first < n; first += part) f.template operator()<part>(first);
+}
+
 // What the two passes of a backward share: the maps they read, and gv = g ⊙ post'(v).
 template <class T, class Post>
 struct Gradient {
@@ -184,12 +202,12 @@ struct Gradient {
     Raw<T, n> grad, x, saved;
   };
   template <int n>
-  SE_EXT_DEVICE Loaded<n> load(std::int64_t i, std::int64_t x_at) const {
+  SE_EXT_DEVICE Loaded<n> load(std::int64_t, std::int64_t at) const {
     Loaded<n> raw;
-    raw.grad = load_raw<n>(grad + i);
-    raw.x = load_raw<n>(x + x_at);
+    raw.grad = load_raw<n>(grad + at);
+    raw.x = load_raw<n>(x + at);
     if constexpr (!Post::kIdentity) {
-      if (saved) raw.saved = load_raw<n>(saved + i);
+      if (saved) raw.saved = load_raw<n>(saved + at);
     }
     return raw;
   }
@@ -197,6 +215,16 @@ struct Gradient {
     grad += i;
     x += i;
     if (saved) saved += i;
+  }
+  template <class F>
+  SE_EXT_DEVICE void each_map(const F& f) {
+    f(grad, 0);
+    f(x, 1);
+    if (saved) f(saved, 2);
+  }
+  template <int part, int n>
+  SE_EXT_DEVICE static Loaded<part> part_of(const Loaded<n>& raw, int first) {
+    return {slice<part>(raw.grad, first), slice<part>(raw.x, first), slice<part>(raw.saved, first)};
   }
   // u is x, or what the prologue made of it
   template <int n>
@@ -228,7 +256,7 @@ struct Gradient {
 template <class T, class Post>
 struct SumRescaleBackward : Gradient<T, Post> {
   using A = acc_t<T>;
-  static constexpr int kParts = 1;
+  static constexpr int kParts = 1, kBlocks = sizeof(T) == 8 ? 1 : 2;
   template <int n>
   using Loaded = typename Gradient<T, Post>::template Loaded<n>;
   const A* scale;
@@ -240,10 +268,13 @@ struct SumRescaleBackward : Gradient<T, Post> {
   }
   template <int n>
   SE_EXT_DEVICE void add(const Loaded<n>& raw, const Lanes<A, n>& s, Lanes<A, n>* sums) const {
-    const Lanes<A, n> x = widen<n>(raw.x);
-    const Lanes<A, n> gv = this->template before_post<n>(raw, x, s);
-    SE_EXT_UNROLL
-    for (int j = 0; j < n; ++j) sums[0][j] = multiply_add(gv[j], x[j], sums[0][j]);
+    in_parts<n, 2>([&]<int part>(int first) {
+      const Lanes<A, part> x = widen<part>(slice<part>(raw.x, first));
+      const Lanes<A, part> gv =
+          this->template before_post<part>(this->template part_of<part>(raw, first), x, slice<part>(s, first));
+      SE_EXT_UNROLL
+      for (int j = 0; j < part; ++j) sums[0][first + j] = multiply_add(gv[j], x[j], sums[0][first + j]);
+    });
   }
 };
 
@@ -267,12 +298,19 @@ struct WriteRescaleBackward : Gradient<T, Post> {
   }
   template <int n>
   SE_EXT_DEVICE void write(std::int64_t i, const Loaded<n>& raw, const Prepared<n>& p) const {
-    const Lanes<A, n> gv = this->template before_post<n>(raw, widen<n>(raw.x), p.scale);
+    Lanes<A, n> gv, gx;
+    in_parts<n, 2>([&]<int part>(int first) {
+      const auto of_part = this->template part_of<part>(raw, first);
+      const Lanes<A, part> scale = slice<part>(p.scale, first);
+      const Lanes<A, part> g = this->template before_post<part>(of_part, widen<part>(of_part.x), scale);
+      SE_EXT_UNROLL
+      for (int j = 0; j < part; ++j) {
+        gv[first + j] = g[j];
+        gx[first + j] = multiply_add(g[j], scale[j], p.grad_mean[first + j]);
+      }
+    });
     if (grad_residual) store(grad_residual + i, gv, streaming);
-    if (grad_x) {
-      const auto gx = lanes<A, n>([&](int j) { return multiply_add(gv[j], p.scale[j], p.grad_mean[j]); });
-      store(grad_x + i, gx, streaming);
-    }
+    if (grad_x) store(grad_x + i, gx, streaming);
   }
 };
 
@@ -322,6 +360,7 @@ struct SumPrologueBackward : PrologueGradient<T, Pre, Post> {
   using Base = PrologueGradient<T, Pre, Post>;
   using A = acc_t<T>;
   static constexpr int kParts = Pre::kIdentity ? 2 : 5;
+  static constexpr int kBlocks = sizeof(T) == 8 || (kIsHalf<T> && !Pre::kIdentity) ? 1 : 2;
   template <int n>
   using Loaded = typename Base::template Loaded<n>;
   const A* center;
@@ -337,27 +376,32 @@ struct SumPrologueBackward : PrologueGradient<T, Pre, Post> {
   }
   template <int n>
   SE_EXT_DEVICE void add(const Loaded<n>& raw, const Prepared<n>& of, Lanes<A, n>* sums) const {
-    const auto v = this->template values<n>(raw, of.prologue);
-    const auto off = lanes<A, n>([&](int j) { return v.x[j] - of.center[j]; });
-    if constexpr (Pre::kIdentity) {
-      SE_EXT_UNROLL
-      for (int j = 0; j < n; ++j) {
-        sums[0][j] += v.gv[j];
-        sums[1][j] = multiply_add(v.gv[j], off[j], sums[1][j]);
+    in_parts<n, (kBlocks > 1 ? 2 : n)>([&]<int part>(int first) {
+      const auto v = this->template values<part>(this->template part_of<part>(raw, first),
+                                                 {slice<part>(of.prologue.a, first), slice<part>(of.prologue.b, first),
+                                                  slice<part>(of.prologue.scale, first)});
+      const auto off = lanes<A, part>([&](int j) { return v.x[j] - of.center[first + j]; });
+      const auto sum = [&](int which, int j) -> A& { return sums[which][first + j]; };
+      if constexpr (Pre::kIdentity) {
+        SE_EXT_UNROLL
+        for (int j = 0; j < part; ++j) {
+          sum(0, j) += v.gv[j];
+          sum(1, j) = multiply_add(v.gv[j], off[j], sum(1, j));
+        }
+      } else {
+        Lanes<A, part> gd = v.gv, d = lanes<A, part>([](int) { return A(1); });
+        multiply_by_slope<kIsHalf<T>>(this->pre, gd, v.p, v.u);
+        multiply_by_slope<kIsHalf<T>>(this->pre, d, v.p, v.u);
+        SE_EXT_UNROLL
+        for (int j = 0; j < part; ++j) {
+          sum(0, j) = multiply_add(v.gv[j], v.u[j], sum(0, j));
+          sum(1, j) += gd[j];
+          sum(2, j) += d[j];
+          sum(3, j) = multiply_add(gd[j], off[j], sum(3, j));
+          sum(4, j) = multiply_add(d[j], off[j], sum(4, j));
+        }
       }
-    } else {
-      Lanes<A, n> gd = v.gv, d = lanes<A, n>([](int) { return A(1); });
-      multiply_by_slope<kIsHalf<T>>(this->pre, gd, v.p, v.u);
-      multiply_by_slope<kIsHalf<T>>(this->pre, d, v.p, v.u);
-      SE_EXT_UNROLL
-      for (int j = 0; j < n; ++j) {
-        sums[0][j] = multiply_add(v.gv[j], v.u[j], sums[0][j]);
-        sums[1][j] += gd[j];
-        sums[2][j] += d[j];
-        sums[3][j] = multiply_add(gd[j], off[j], sums[3][j]);
-        sums[4][j] = multiply_add(d[j], off[j], sums[4][j]);
-      }
-    }
+    });
   }
 };
 
@@ -383,25 +427,20 @@ struct WritePrologueBackward : PrologueGradient<T, Pre, Post> {
   }
   template <int n>
   SE_EXT_DEVICE void write(std::int64_t i, const Loaded<n>& raw, const Prepared<n>& of) const {
-    // In parts: what lies between the loads and the gradients of all eight values of a half type would need more
-    // registers than two thread blocks of a multiprocessor have.
-    constexpr int part = n < 2 ? n : 2;
     Lanes<A, n> gv, gx;
-    SE_EXT_UNROLL
-    for (int first = 0; first < n; first += part) {
-      const auto g =
-          gradients_of<part>({slice<part>(raw.grad, first), slice<part>(raw.x, first), slice<part>(raw.saved, first)},
-                             {{slice<part>(of.prologue.a, first), slice<part>(of.prologue.b, first),
-                               slice<part>(of.prologue.scale, first)},
-                              slice<part>(of.grad_mean, first),
-                              slice<part>(of.slope, first),
-                              slice<part>(of.offset, first)});
+    in_parts<n, 2>([&]<int part>(int first) {
+      const auto g = gradients_of<part>(this->template part_of<part>(raw, first),
+                                        {{slice<part>(of.prologue.a, first), slice<part>(of.prologue.b, first),
+                                          slice<part>(of.prologue.scale, first)},
+                                         slice<part>(of.grad_mean, first),
+                                         slice<part>(of.slope, first),
+                                         slice<part>(of.offset, first)});
       SE_EXT_UNROLL
       for (int j = 0; j < part; ++j) {
         gv[first + j] = g.residual[j];
         gx[first + j] = g.x[j];
       }
-    }
+    });
     if (grad_residual) store(grad_residual + i, gv, streaming);
     if (grad_x) store(grad_x + i, gx, streaming);
   }
