@@ -10,8 +10,9 @@
 namespace se_ext::cuda {
 
 // Cluster: one kernel, each sample's maps on chip from the pass that sums to the pass that writes, or what has room.
-// Chunked: the two passes, and the excitation between them, on a few samples at a time, so that the second pass finds
-// them in the L2 cache. Whole: the three on the whole batch.
+// Chunked: both passes, and the excitation between them, on a few samples at a time, so that the second pass finds them
+// in the L2 cache.
+// Whole: the same on the whole batch.
 enum class Path : std::uint8_t { Cluster, Chunked, Whole };
 
 struct Work {

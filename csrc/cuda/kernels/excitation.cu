@@ -37,8 +37,10 @@ __global__ void __launch_bounds__(kThreads)
 // Tiles of both backward kernels: a thread has kSide × kSide sums in registers, so that what it loads for one of them
 // serves kSide; kAcross threads lie side by side along the columns of the weight.
 constexpr int kAcross = 8;
-constexpr int kColumns = kSide * kAcross;                                           // of a block
-static_assert(kSamples == kSide && kAcross * kPieceGroups == kSamples * kColumns);  // a thread for each result
+constexpr int kColumns = kSide * kAcross;  // of a block
+
+// A thread for each result of a block.
+static_assert(kSamples == kSide && kAcross * kPieceGroups == kSamples * kColumns);
 
 // out[sample, column] = Σ_row grad[sample, row] weight[row, column], for `kSamples` samples: a thread takes the pieces
 // of one group of the weight's rows. Reads the weight once for kSamples samples.
