@@ -101,14 +101,14 @@ def open_symbols(library: Path, folders: list[str]) -> list[str]:
     return sorted(demangled([name for name in names if name not in given]))
 
 
-def first_match(rules: list[tuple[str, int]], kernel: str) -> int:
-    return next(value for pattern, value in rules if re.search(pattern, kernel))
+def first_rule(rules: list[tuple[str, int]], kernel: str) -> tuple[str, int]:
+    return next(rule for rule in rules if re.search(rule[0], kernel))
 
 
 def blocks_per_multiprocessor(kernel: Kernel) -> int:
     """As far as registers decide: they are given to a warp in units of 256."""
     per_warp = -(-kernel.registers * 32 // 256) * 256
-    return REGISTERS // (per_warp * first_match(THREADS, kernel.name) // 32)
+    return REGISTERS // (per_warp * first_rule(THREADS, kernel.name)[1] // 32)
 
 
 def wide_loads_of_products(kernel: str) -> int:
@@ -195,14 +195,15 @@ def main() -> int:
         print("architecture, registers, thread blocks per multiprocessor that they let run, kernel:")
         rows = [(k.architecture, k.registers, blocks_per_multiprocessor(k), k.name) for k in kernels]
         print(*(f"  {a} {registers:3} {blocks:2} {name}" for a, registers, blocks, name in rows), sep="\n")
+    in_use = set()
     for k in kernels:
-        blocks = first_match(BLOCKS_PER_MULTIPROCESSOR, k.name)
+        pattern, blocks = first_rule(BLOCKS_PER_MULTIPROCESSOR, k.name)
+        in_use.add(pattern)
         if blocks_per_multiprocessor(k) < blocks:
             few = f"{k.registers} registers let fewer than {blocks} thread blocks run"
             failed.append(f"{k.architecture}: {few}: {k.name}")
-    for pattern, _ in BLOCKS_PER_MULTIPROCESSOR:
-        if kernels and not any(re.search(pattern, k.name) for k in kernels):
-            failed.append(f"BLOCKS_PER_MULTIPROCESSOR finds no kernel: {pattern}")
+    idle = [pattern for pattern, _ in BLOCKS_PER_MULTIPROCESSOR if kernels and pattern not in in_use]
+    failed += [f"BLOCKS_PER_MULTIPROCESSOR is for no kernel: {pattern}" for pattern in idle]
     failed += [f"{k.architecture}: {k.stack} bytes of stack: {k.name}" for k in kernels if k.stack]
     failed += [f"{k.architecture}: {k.spills} bytes of spills: {k.name}" for k in kernels if k.spills]
 
